@@ -1,0 +1,1 @@
+"""GPU virtual machines on NVIDIA DGX servers, from one declarative file."""

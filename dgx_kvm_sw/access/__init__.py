@@ -1,0 +1,1 @@
+"""The two doors to the operating system: files and commands."""

@@ -1,0 +1,138 @@
+"""A rooted view of the file system: every path of ours is below one root; writes are atomic."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dgx_kvm_sw.model.errors import BusyError, HostError
+
+
+class Root:
+    """Absolute paths ("/sys/class/net") below a directory; "/" is the machine itself."""
+
+    def __init__(self, directory: str | Path = "/") -> None:
+        self.directory = Path(directory)
+
+    def path(self, absolute: str) -> Path:
+        return self.directory / absolute.lstrip("/")
+
+    def read(self, absolute: str, default: str | None = None) -> str:
+        """Return a file's text, stripped. `default` stands for a file that cannot be read."""
+        try:
+            return self.path(absolute).read_text(encoding="utf-8", errors="replace").strip()
+        except OSError as error:
+            if default is not None:
+                return default
+            raise explained(error, "read", self.path(absolute)) from error
+
+    def names(self, absolute: str) -> list[str]:
+        """Sorted names in a directory; empty when there is no such directory."""
+        try:
+            return sorted(os.listdir(self.path(absolute)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise explained(error, "list", self.path(absolute)) from error
+
+    def exists(self, absolute: str) -> bool:
+        return self.path(absolute).exists()
+
+    def link_name(self, absolute: str) -> str | None:
+        """The last part of a symbolic link's target, or None when there is no link."""
+        try:
+            return os.path.basename(os.readlink(self.path(absolute)))
+        except OSError:
+            return None
+
+    def write(self, absolute: str, text: str, mode: int = 0o644) -> None:
+        """Replace a file as a whole: write a new one beside it, sync, rename."""
+        write_atomically(self.path(absolute), text, mode)
+
+    def append(self, absolute: str, text: str, mode: int = 0o640) -> None:
+        """Append whole lines to a log and sync them."""
+        path = self.path(absolute)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, mode)
+            try:
+                os.write(descriptor, text.encode())
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise explained(error, "write", path) from error
+
+    def remove(self, absolute: str) -> None:
+        """Remove a file; one that is gone already is fine."""
+        try:
+            self.path(absolute).unlink(missing_ok=True)
+        except OSError as error:
+            raise explained(error, "remove", self.path(absolute)) from error
+
+
+def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write `text` so that a reader, or a power cut, sees the old file or the new one."""
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            os.fchmod(stream.fileno(), mode)
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise explained(error, "write", path) from error
+
+
+@contextlib.contextmanager
+def locked(path: Path, holder: str) -> Iterator[None]:
+    """Hold an exclusive lock on `path`; raises BusyError naming the holder when it is taken.
+
+    The lock belongs to the open file, so it goes with the process however that ends.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o640)
+    except OSError as error:
+        raise explained(error, "open the lock", path) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "a process"
+            raise BusyError(
+                f"{other} is changing the VMs of this host", "wait for it to end, then try again"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{holder}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def explained(error: OSError, doing: str, path: Path) -> HostError:
+    """Turn an OSError into one sentence with a next step."""
+    hints = {
+        errno.ENOSPC: "free some space on that file system and try again",
+        errno.EACCES: "run the command as root",
+        errno.EPERM: "run the command as root",
+        errno.EROFS: "mount that file system writable and try again",
+    }
+    reason = (error.strerror or str(error)).lower()
+    return HostError(f"cannot {doing} {path}: {reason}", hints.get(error.errno or 0, ""))

@@ -1,0 +1,1 @@
+"""Pure decisions: values in, values out; cannot touch the machine."""

@@ -1,0 +1,1 @@
+"""What the guests are: the spec, their domains, images and the hypervisor."""

@@ -1,0 +1,1 @@
+"""What the physical machine is: topology, platform, health, fabric."""

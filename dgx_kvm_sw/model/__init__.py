@@ -1,0 +1,1 @@
+"""Frozen values only: the vocabulary every other layer speaks."""

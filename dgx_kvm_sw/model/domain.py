@@ -1,0 +1,139 @@
+"""Domains as facts: what we want libvirt to hold, and what it holds, in comparable form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dgx_kvm_sw.model.pci import CpuSet, PciAddress
+from dgx_kvm_sw.model.spec import Firmware, Network
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A NUMA cell of the guest. Its memory is bound strictly to one host node."""
+
+    vcpus: CpuSet  # guest CPU numbers
+    memory_mib: int
+    host_node: int | None  # None: not bound (a domain that is not ours)
+
+
+@dataclass(frozen=True)
+class PciController:
+    """A PCI controller of the guest, in libvirt's words; `index` is also the bus it opens."""
+
+    index: int
+    model: str  # pcie-root, pcie-expander-bus, pcie-root-port, pcie-switch-{up,down}stream-port
+    bus: int | None = None  # the controller it sits on
+    slot: int | None = None
+    bus_nr: int | None = None  # expander bus: first PCI bus number
+    cell: int | None = None  # expander bus: guest NUMA cell
+
+
+@dataclass(frozen=True)
+class Hostdev:
+    """A host PCI device in the guest: where it comes from, where it sits."""
+
+    source: PciAddress
+    bus: int  # index of the guest's PCI controller
+    rom_bar: bool = False
+    managed: bool = False
+
+
+@dataclass(frozen=True)
+class DomainDisk:
+    target: str  # "vda"
+    path: str
+    format: str  # "qcow2", "raw"
+    queues: int
+    iothread: int | None
+
+
+@dataclass(frozen=True)
+class Interface:
+    mac: str
+    network: Network
+    queues: int
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """What we write into a domain's metadata; a domain without it is not ours."""
+
+    tenant: str
+    template: str  # name of the domain template
+    template_digest: str  # of the template's text and everything it pulls in
+
+
+@dataclass(frozen=True)
+class DomainFacts:
+    """The comparable part of a domain. The template gets exactly this."""
+
+    name: str
+    uuid: str
+    owner: Ownership | None
+    memory_mib: int
+    threads_per_core: int
+    cells: tuple[Cell, ...]
+    vcpu_pins: tuple[CpuSet, ...]  # by guest CPU number; an empty set = not pinned
+    emulator_pin: CpuSet
+    iothread_pins: tuple[CpuSet, ...]
+    hugepage_kib: int
+    firmware: Firmware
+    mmio64_mib: int  # 64-bit PCI window of the guest; 0 = the firmware's own choice
+    controllers: tuple[PciController, ...]
+    hostdevs: tuple[Hostdev, ...]
+    disks: tuple[DomainDisk, ...]
+    interfaces: tuple[Interface, ...]
+    on_reboot: str
+    extra_devices: tuple[str, ...] = ()  # devices we never render: "graphics vnc", "hostdev usb"
+
+    @property
+    def vcpus(self) -> int:
+        return len(self.vcpu_pins)
+
+
+@dataclass(frozen=True)
+class DomainDef:
+    """A domain to define: its facts and the XML made from them."""
+
+    facts: DomainFacts
+    xml: str
+
+
+@dataclass(frozen=True)
+class DomainStatus:
+    """A domain as libvirt holds it."""
+
+    facts: DomainFacts  # of the inactive definition: what the next start will use
+    running: bool
+    live: DomainFacts | None  # of the running domain; None when it is not running
+
+    @property
+    def name(self) -> str:
+        return self.facts.name
+
+    @property
+    def managed(self) -> bool:
+        return self.facts.owner is not None
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A disk image on the storage pool."""
+
+    name: str  # file name in the pool: "hr-train-os.qcow2"
+    path: str
+    capacity_mib: int
+    format: str
+    backing: str = ""  # path of the image it overlays
+
+
+@dataclass(frozen=True)
+class CurrentState:
+    """All that libvirt holds."""
+
+    domains: tuple[DomainStatus, ...]  # by name
+    volumes: tuple[Volume, ...]  # on our pool, by name
+
+    def domain(self, name: str) -> DomainStatus | None:
+        return next((domain for domain in self.domains if domain.name == name), None)

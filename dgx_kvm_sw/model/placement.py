@@ -1,0 +1,73 @@
+"""Where a VM goes: chosen by decide.placement, complete enough that nothing decides after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dgx_kvm_sw.model.pci import CpuSet, PciAddress
+from dgx_kvm_sw.model.platform import Partition
+
+
+@dataclass(frozen=True)
+class GuestCell:
+    """One NUMA cell of the guest and the host node it mirrors."""
+
+    host_node: int
+    cores: tuple[tuple[int, ...], ...]  # host cores; sibling threads stay together
+    memory_mib: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """All hardware of one VM."""
+
+    vm: str
+    partition: Partition | None  # None without GPUs
+    gpus: tuple[PciAddress, ...]
+    nvswitches: tuple[PciAddress, ...]
+    nics: tuple[PciAddress, ...]
+    drives: tuple[PciAddress, ...]
+    cells: tuple[GuestCell, ...]  # ordered by host node
+    helper_cpus: CpuSet  # emulator and IO threads: the host's reserve on the VM's nodes
+    hugepage_kib: int  # 0 = ordinary pages
+    kept: bool  # it already held this hardware; nothing was chosen
+
+    @property
+    def devices(self) -> tuple[PciAddress, ...]:
+        return (*self.gpus, *self.nvswitches, *self.nics, *self.drives)
+
+    @property
+    def memory_mib(self) -> int:
+        return sum(cell.memory_mib for cell in self.cells)
+
+    @property
+    def vcpus(self) -> int:
+        return sum(len(core) for cell in self.cells for core in cell.cores)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One legal partition that was looked at for a VM, and the verdict in words."""
+
+    partition: Partition
+    verdict: str  # "chosen", "free, but ...", "GPU 5 is held by ..."
+
+
+@dataclass(frozen=True)
+class Unplaceable:
+    """A VM that does not fit: sentences saying why, and what would make room."""
+
+    vm: str
+    reasons: tuple[str, ...]
+    remedies: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Placements:
+    """The answer for the whole file."""
+
+    placed: tuple[Placement, ...]  # in file order
+    unplaceable: tuple[Unplaceable, ...]
+
+    def of(self, vm: str) -> Placement | None:
+        return next((placement for placement in self.placed if placement.vm == vm), None)
