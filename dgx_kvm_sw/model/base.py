@@ -22,8 +22,10 @@ def to_json(value: Any) -> Any:
     A dataclass becomes an object of its fields; a type that defines `__str__` as its written
     form (PCI address, CPU set) becomes that string.
     """
+    if isinstance(value, enum.Enum):
+        return value.value
     if isinstance(value, (str, int, float)) or value is None:
-        return value.value if isinstance(value, enum.Enum) else value
+        return value
     if isinstance(value, (tuple, list)):
         return [to_json(item) for item in value]
     if isinstance(value, dict):

@@ -95,8 +95,9 @@ class Topology:
 
     def devices(self) -> tuple[PciDevice, ...]:
         """Every device a VM could get, in PCI order."""
-        owners = (*self.gpus, *self.nvswitches, *self.nics, *self.drives)
-        return tuple(sorted((owner.pci for owner in owners), key=lambda pci: pci.address))
+        owned = [gpu.pci for gpu in self.gpus] + [switch.pci for switch in self.nvswitches]
+        owned += [nic.pci for nic in self.nics] + [drive.pci for drive in self.drives]
+        return tuple(sorted(owned, key=lambda pci: pci.address))
 
     def device_name(self, address: PciAddress) -> str:
         """What a person calls this device: "GPU 3 (0000:3b:00.0)"."""
@@ -106,8 +107,8 @@ class Topology:
         for switch in self.nvswitches:
             if switch.pci.address == address:
                 return f"NVSwitch {switch.index} ({address})"
-        kinds = (("NIC", self.nics), ("NVMe drive", self.drives))
-        for kind, owners in kinds:
-            if any(owner.pci.address == address for owner in owners):
-                return f"{kind} {address}"
+        if any(nic.pci.address == address for nic in self.nics):
+            return f"NIC {address}"
+        if any(drive.pci.address == address for drive in self.drives):
+            return f"NVMe drive {address}"
         return f"PCI device {address}"
