@@ -50,19 +50,20 @@ class Root:
         except OSError:
             return None
 
-    def write(self, absolute: str, text: str, mode: int = 0o644) -> None:
+    def write(self, absolute: str, text: str, mode: int = 0o644, *, sync: bool = True) -> None:
         """Replace a file as a whole: write a new one beside it, sync, rename."""
-        write_atomically(self.path(absolute), text, mode)
+        write_atomically(self.path(absolute), text, mode, sync=sync)
 
-    def append(self, absolute: str, text: str, mode: int = 0o640) -> None:
-        """Append whole lines to a log and sync them."""
+    def append(self, absolute: str, text: str, mode: int = 0o640, *, sync: bool = True) -> None:
+        """Append whole lines to a log in one write."""
         path = self.path(absolute)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, mode)
             try:
                 os.write(descriptor, text.encode())
-                os.fsync(descriptor)
+                if sync:
+                    os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -76,8 +77,32 @@ class Root:
             raise explained(error, "remove", self.path(absolute)) from error
 
 
-def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write `text` so that a reader, or a power cut, sees the old file or the new one."""
+_SOURCE_TREE = Path(__file__).parents[2] / "etc/dgx-kvm/templates"
+_PRISTINE = "/usr/share/dgx-kvm/templates"
+
+
+def template_path(root: Root, name: str) -> Path:
+    """Find a template: the admin's own, else the pristine one; raises HostError without either."""
+    admins = root.path("/etc/dgx-kvm/templates") / name
+    return admins if admins.exists() else pristine_template_path(root, name)
+
+
+def pristine_template_path(root: Root, name: str) -> Path:
+    """Find a template as it was shipped: below the root, in the source tree, or installed.
+
+    The last two serve roots that are not a whole system: a simulated machine, a test.
+    """
+    for folder in (root.path(_PRISTINE), _SOURCE_TREE, Path(_PRISTINE)):
+        if (folder / name).exists():
+            return folder / name
+    raise HostError(
+        f"there is no template {name!r} in {root.path('/etc/dgx-kvm/templates')} or {_PRISTINE}",
+        "name a template that is there, or reinstall the package dgx-kvm-sw",
+    )
+
+
+def write_atomically(path: Path, text: str, mode: int = 0o644, *, sync: bool = True) -> None:
+    """Write `text` so that a reader, or with `sync` a power cut, sees the old file or the new."""
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,18 +111,23 @@ def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
             os.fchmod(stream.fileno(), mode)
             stream.write(text)
             stream.flush()
-            os.fsync(stream.fileno())
+            if sync:
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        if sync:
+            _sync_directory(path.parent)
     except OSError as error:
         if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+            Path(temporary).unlink(missing_ok=True)
         raise explained(error, "write", path) from error
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

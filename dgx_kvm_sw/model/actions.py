@@ -161,9 +161,9 @@ class Plan:
     actions: tuple[Action, ...]  # in the order they run
     unplaceable: tuple[Unplaceable, ...]
     unmanaged: tuple[str, ...]  # domains that are not ours
-    fingerprint: str  # of every input this was made from
+    notes: tuple[str, ...] = ()  # sentences about what apply will not do, and other news
 
     @property
     def pending(self) -> bool:
-        """Whether the declared state is not reached yet (before apply, or for want of a flag)."""
+        """Whether the declared state is not reached: something to do, refused, or for a flag."""
         return bool(self.vms or self.unplaceable)

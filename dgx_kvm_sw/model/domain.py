@@ -15,6 +15,7 @@ class Cell:
     vcpus: CpuSet  # guest CPU numbers
     memory_mib: int
     host_node: int | None  # None: not bound (a domain that is not ours)
+    distances: tuple[int, ...] = ()  # to every cell in order, as the host's SLIT; () if alone
 
 
 @dataclass(frozen=True)

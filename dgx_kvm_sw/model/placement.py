@@ -46,11 +46,27 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class Holding:
+    """Hardware that an existing domain holds, running or not, ours or not.
+
+    A running domain whose definition has changed has two: what it runs on (first) and what its
+    next start will take.
+    """
+
+    vm: str
+    ours: bool
+    stays: bool  # it runs, or nothing says it may be moved
+    devices: tuple[PciAddress, ...]
+    cells: tuple[GuestCell, ...]  # a foreign domain without pins has cells without cores
+    hugepage_kib: int
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One legal partition that was looked at for a VM, and the verdict in words."""
 
     partition: Partition
-    verdict: str  # "chosen", "free, but ...", "GPU 5 is held by ..."
+    verdict: str  # "chosen", "fits, ranked 2", "GPU 5 (0000:59:00.0) is held by rapids"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Measurements of the product against what is possible; needs numpy, is not installed."""

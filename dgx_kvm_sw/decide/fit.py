@@ -1,0 +1,267 @@
+"""Try one VM on one partition: all its hardware, or the first reason why not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from dgx_kvm_sw.decide import capacity
+from dgx_kvm_sw.decide.capacity import CannotResolve, CellDemand, Core, NodeCapacity
+from dgx_kvm_sw.decide.devices import Assignable, nearest
+from dgx_kvm_sw.decide.ledger import Ledger
+from dgx_kvm_sw.model.health import HealthReport
+from dgx_kvm_sw.model.pci import CpuSet, PciAddress, PciDevice
+from dgx_kvm_sw.model.placement import GuestCell, Holding, Placement
+from dgx_kvm_sw.model.platform import FabricModel, Partition, Platform
+from dgx_kvm_sw.model.spec import Amount, HostSpec, Share, VmSpec
+from dgx_kvm_sw.model.topology import Topology
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a placement is made from."""
+
+    spec: HostSpec
+    topology: Topology
+    platform: Platform
+    health: HealthReport
+    holdings: tuple[Holding, ...] = ()
+
+    def holding(self, vm: VmSpec) -> Holding | None:
+        """What the VM holds already. One that runs with an older definition holds twice: then
+        the running one counts if it is what the file asks, so that undoing an edit moves nothing.
+        """
+        mine = [held for held in self.holdings if held.vm == vm.name and held.ours]
+        gpus = {gpu.pci.address for gpu in self.topology.gpus}
+        fitting = (held for held in mine if len(gpus & set(held.devices)) == vm.gpus)
+        return next(fitting, mine[0] if mine else None)
+
+
+class DoesNotFit(Exception):
+    """The reason, as a sentence part, why a VM cannot have a partition."""
+
+
+def fit(
+    inputs: Inputs,
+    caps: dict[int, NodeCapacity],
+    ledger: Ledger,
+    vm: VmSpec,
+    partition: Partition | None,
+) -> Placement:
+    """Return the placement of `vm` on `partition`; raises DoesNotFit with the first reason.
+
+    What the VM holds already is kept wherever it still serves.
+    """
+    held = inputs.holding(vm)
+    assignable = Assignable(inputs.topology, inputs.health, ledger)
+    gpus = [inputs.topology.gpus[index].pci for index in (partition.gpus if partition else ())]
+    for gpu in gpus:
+        if reason := assignable.refusal(gpu.address, vm.name):
+            raise DoesNotFit(reason)
+    try:
+        if gpus:
+            on_node = Counter(inputs.topology.node(gpu.numa_node).id for gpu in gpus)
+            demand, page = capacity.gpu_demand(vm, on_node, caps)
+            _check_memory(ledger, vm, caps, demand, page)
+        else:
+            demand, page = _demand_without_gpus(caps, ledger, vm, held)
+    except CannotResolve as error:
+        raise DoesNotFit(str(error)) from error
+    cells = _cells(caps, ledger, vm.name, demand, held)
+    nodes = [cell.host_node for cell in cells]
+    nics = ("NICs", vm.resources.nics, [nic.pci for nic in inputs.topology.nics])
+    drives = ("NVMe drives", vm.resources.drives, [d.pci for d in inputs.topology.drives])
+    placement = Placement(
+        vm=vm.name,
+        partition=partition,
+        gpus=tuple(gpu.address for gpu in gpus),
+        nvswitches=_nvswitches(inputs, assignable, vm, partition, held),
+        nics=_beside_gpus(inputs, assignable, vm, nics, gpus, nodes),
+        drives=_beside_gpus(inputs, assignable, vm, drives, gpus, nodes),
+        cells=cells,
+        helper_cpus=CpuSet.of(cpu for node in nodes for core in caps[node].reserve for cpu in core),
+        hugepage_kib=page,
+        kept=False,
+    )
+    _guard_shares(inputs, caps, ledger.take(placement), vm, placement)
+    same = held and set(held.devices) == set(placement.devices) and held.cells == cells
+    return replace(placement, kept=bool(same))
+
+
+# -- CPUs and memory ------------------------------------------------------------------------
+
+
+def _check_memory(
+    ledger: Ledger,
+    vm: VmSpec,
+    caps: dict[int, NodeCapacity],
+    demand: tuple[CellDemand, ...],
+    page: int,
+) -> None:
+    for cell in demand:
+        free = ledger.free_memory(caps[cell.node], page, vm.name)
+        if cell.memory_mib > free:
+            kind = {0: "", 2048: " in 2 MiB pages"}.get(page, " in 1 GiB pages")
+            raise DoesNotFit(
+                f"NUMA node {cell.node} has {max(0, free) / 1024:g} GiB{kind} free,"
+                f" {cell.memory_mib / 1024:g} GiB are needed there"
+            )
+
+
+def _cells(
+    caps: dict[int, NodeCapacity],
+    ledger: Ledger,
+    vm: str,
+    demand: tuple[CellDemand, ...],
+    held: Holding | None,
+) -> tuple[GuestCell, ...]:
+    had = {cell.host_node: cell.cores for cell in held.cells} if held else {}
+    cells = []
+    for cell in demand:
+        free = ledger.free_cores(caps[cell.node], vm)
+        if len(free) < cell.cores:
+            raise DoesNotFit(
+                f"NUMA node {cell.node} has {len(free)} cores free, {cell.cores} are needed there"
+            )
+        cores = _choose_cores(free, cell.cores, had.get(cell.node, ()))
+        cells.append(GuestCell(cell.node, cores, cell.memory_mib))
+    return tuple(cells)
+
+
+def _choose_cores(free: list[Core], count: int, had: tuple[Core, ...]) -> tuple[Core, ...]:
+    """Keep what the VM had; else take the tightest run of neighbouring cores (shared caches)."""
+    kept = [core for core in had if core in free]
+    if len(kept) >= count:
+        return tuple(kept[:count])
+    if kept:
+        rest = [core for core in free if core not in kept]
+        return tuple(sorted((*kept, *rest[: count - len(kept)])))
+    runs: list[list[Core]] = []
+    for core in free:
+        if runs and core[0] == runs[-1][-1][0] + 1:
+            runs[-1].append(core)
+        else:
+            runs.append([core])
+    fitting = [run for run in runs if len(run) >= count]
+    return tuple(min(fitting, key=len)[:count] if fitting else free[:count])
+
+
+def _demand_without_gpus(
+    caps: dict[int, NodeCapacity], ledger: Ledger, vm: VmSpec, held: Holding | None
+) -> tuple[tuple[CellDemand, ...], int]:
+    """Find nodes for a VM without GPUs: those it has, else the tightest one, else several."""
+    page = capacity.page_kib(vm, list(caps.values()))
+    wanted = capacity.whole_cores(vm, caps)
+    free = {node: len(ledger.free_cores(cap, vm.name)) for node, cap in caps.items()}
+    options: list[dict[int, int]] = []
+    if held and sum(len(cell.cores) for cell in held.cells) == wanted:
+        options.append({cell.host_node: len(cell.cores) for cell in held.cells})
+    tight = sorted(free, key=lambda node: (caps[node].gpus > 0, free[node], node))
+    options += [{node: wanted} for node in tight if free[node] >= wanted]
+    options.append(_spread_over(free, wanted))
+    reason = DoesNotFit(f"{sum(free.values())} cores are free, {wanted} are needed")
+    for cores_on in options:
+        if not set(cores_on) <= set(caps) or sum(cores_on.values()) < wanted:
+            continue
+        demand = capacity.cpu_demand(vm, cores_on, page)
+        try:
+            _check_memory(ledger, vm, caps, demand, page)
+            return demand, page
+        except DoesNotFit as error:
+            reason = error
+    raise reason
+
+
+def _spread_over(free: dict[int, int], wanted: int) -> dict[int, int]:
+    """Take cores from the emptiest nodes first until there are enough."""
+    cores_on: dict[int, int] = {}
+    for node in sorted(free, key=lambda node: (-free[node], node)):
+        if take := min(free[node], wanted - sum(cores_on.values())):
+            cores_on[node] = take
+    return cores_on
+
+
+def _guard_shares(
+    inputs: Inputs,
+    caps: dict[int, NodeCapacity],
+    after: Ledger,
+    vm: VmSpec,
+    placement: Placement,
+) -> None:
+    """Refuse a VM whose plain numbers would eat the share of a GPU that is still free."""
+    if isinstance(vm.resources.cpus, Share) and isinstance(vm.resources.memory, Share):
+        return  # shares never add up to more than the machine
+    free_gpus: Counter[int] = Counter()
+    for gpu in inputs.topology.gpus:
+        if gpu.pci.address not in after.devices and inputs.health.usable(gpu.pci.address):
+            free_gpus[inputs.topology.node(gpu.pci.numa_node).id] += 1
+    for cell in placement.cells:
+        node = caps[cell.host_node]
+        waiting = free_gpus[node.serves] if node.serves is not None else 0
+        if not waiting:
+            continue
+        cores = node.gpu_cores * waiting // node.gpus
+        memory = node.gpu_memory(placement.hugepage_kib) * waiting // node.gpus
+        have = len(after.free_cores(node, ""))
+        left = after.free_memory(node, placement.hugepage_kib, "")
+        what = f"the share of the {waiting} free GPUs that NUMA node {node.id} serves"
+        if have < cores:
+            raise DoesNotFit(f"its CPUs would eat into {what}: {have} cores left of {cores}")
+        if placement.hugepage_kib == node.main_page_kib and left < memory:
+            raise DoesNotFit(
+                f"its memory would eat into {what}:"
+                f" {left / 1024:g} GiB left of {memory / 1024:g} GiB"
+            )
+
+
+# -- devices beside the GPUs ----------------------------------------------------------------
+
+
+def _nvswitches(
+    inputs: Inputs,
+    assignable: Assignable,
+    vm: VmSpec,
+    partition: Partition | None,
+    held: Holding | None,
+) -> tuple[PciAddress, ...]:
+    passed = inputs.platform.fabric_model is FabricModel.PASSTHROUGH and vm.resources.nvswitches
+    if not partition or not passed or not partition.nvswitches:
+        return ()
+    boards = {inputs.topology.gpus[index].board for index in partition.gpus}
+    candidates = [s.pci for s in inputs.topology.nvswitches if s.board in boards]
+    return _pick("NVSwitches", candidates, partition.nvswitches, assignable, vm.name, held)
+
+
+def _beside_gpus(
+    inputs: Inputs,
+    assignable: Assignable,
+    vm: VmSpec,
+    wanted: tuple[str, Amount, list[PciDevice]],
+    gpus: list[PciDevice],
+    nodes: list[int],
+) -> tuple[PciAddress, ...]:
+    """Choose NICs or drives: (what to call them, how many, all of the machine)."""
+    kind, amount, devices = wanted
+    usable = [device for device in devices if inputs.health.usable(device.address)]
+    count = capacity.device_count(amount, len(usable), len(gpus), len(inputs.topology.gpus))
+    ordered = nearest(inputs.topology, gpus, usable, nodes)
+    return _pick(kind, ordered, count, assignable, vm.name, inputs.holding(vm))
+
+
+def _pick(
+    kind: str,
+    ordered: list[PciDevice],
+    count: int,
+    assignable: Assignable,
+    vm: str,
+    held: Holding | None,
+) -> tuple[PciAddress, ...]:
+    """Take `count` devices, those the VM holds first, then in the given order."""
+    free = assignable.free(ordered, vm)
+    if len(free) < count:
+        raise DoesNotFit(f"{count} {kind} are needed and {len(free)} are free")
+    had: Iterable[PciAddress] = held.devices if held else ()
+    first = [device for device in free if device.address in set(had)]
+    rest = [device for device in free if device not in first]
+    return tuple(sorted(device.address for device in (first + rest)[:count]))

@@ -1,0 +1,209 @@
+"""Compare what is declared with what libvirt holds, and order what has to be done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dgx_kvm_sw.decide.changes import LIVE_FIELDS, differences, same
+from dgx_kvm_sw.model.actions import (
+    Action,
+    Change,
+    CreateVolume,
+    DefineDomain,
+    Effect,
+    MarkRestartNeeded,
+    Plan,
+    PreparePartition,
+    ReleasePartition,
+    ShutDownDomain,
+    StartDomain,
+    UndefineDomain,
+    Verb,
+    VmPlan,
+)
+from dgx_kvm_sw.model.domain import CurrentState, DomainFacts, DomainStatus, Volume
+from dgx_kvm_sw.model.pci import PciAddress
+from dgx_kvm_sw.model.placement import Unplaceable
+from dgx_kvm_sw.model.platform import Partition
+from dgx_kvm_sw.model.spec import PowerState
+from dgx_kvm_sw.model.topology import Topology
+
+RESTART = "--restart"
+PRUNE = "--prune"
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What the user allowed beyond what disturbs nobody."""
+
+    restart: bool = False  # stop or restart running VMs where that is declared
+    prune: bool = False  # delete VMs that are no longer in the file
+    delete_disks: bool = False  # with prune: their disks too
+
+
+@dataclass(frozen=True)
+class Desired:
+    """A VM as it is to be: its domain, its disks, its power state."""
+
+    facts: DomainFacts
+    volumes: tuple[Volume, ...]
+    partition: Partition | None
+    state: PowerState
+    summary: str  # one line for a person
+
+    @property
+    def devices(self) -> tuple[PciAddress, ...]:
+        return devices_of(self.facts)
+
+
+@dataclass(frozen=True)
+class _Step:
+    vm: VmPlan
+    actions: tuple[Action, ...]
+
+
+def diff(
+    desired: tuple[Desired, ...],
+    unplaceable: tuple[Unplaceable, ...],
+    current: CurrentState,
+    topology: Topology,
+    intent: Intent,
+) -> Plan:
+    """Return the plan that makes `current` what is desired, as far as `intent` allows."""
+    declared = {want.facts.name for want in desired} | {refused.vm for refused in unplaceable}
+    orphans = [d for d in current.domains if d.managed and d.name not in declared]
+    steps = [_vm_step(want, current, topology, intent) for want in desired]
+    steps += [_orphan_step(domain, current, intent) for domain in orphans]
+    actions = [action for step in steps if step for action in step.actions]
+    return Plan(
+        vms=tuple(step.vm for step in steps if step),
+        actions=tuple(sorted(actions, key=lambda action: action.phase)),  # stable: file order
+        unplaceable=unplaceable,
+        unmanaged=tuple(domain.name for domain in current.domains if not domain.managed),
+    )
+
+
+def devices_of(facts: DomainFacts) -> tuple[PciAddress, ...]:
+    return tuple(hostdev.source for hostdev in facts.hostdevs)
+
+
+def start_actions(domain: DomainFacts, partition: Partition | None) -> tuple[Action, ...]:
+    """The only way a VM is started: its partition is prepared directly before."""
+    prepare = PreparePartition(domain.name, domain.uuid, partition, devices_of(domain))
+    return (prepare, StartDomain(domain.name, domain.uuid))
+
+
+def stop_actions(domain: DomainFacts) -> tuple[Action, ...]:
+    release = ReleasePartition(domain.name, domain.uuid, devices_of(domain))
+    return (ShutDownDomain(domain.name, domain.uuid), release)
+
+
+def _vm_step(
+    want: Desired, current: CurrentState, topology: Topology, intent: Intent
+) -> _Step | None:
+    held = current.domain(want.facts.name)
+    have = {volume.path for volume in current.volumes}
+    volumes = [
+        CreateVolume(want.facts.name, volume) for volume in want.volumes if volume.path not in have
+    ]
+    if held is None:
+        start = start_actions(want.facts, want.partition) if _runs(want) else ()
+        define = DefineDomain(want.facts.name, want.facts, live=False)
+        row = VmPlan(want.facts.name, Verb.CREATE, (), want.summary)
+        return _Step(row, (*volumes, define, *start))
+    step = _running_step if held.running else _stopped_step
+    return step(want, held, topology, intent, tuple(volumes))
+
+
+def _stopped_step(
+    want: Desired,
+    held: DomainStatus,
+    topology: Topology,
+    intent: Intent,
+    volumes: tuple[CreateVolume, ...],
+) -> _Step | None:
+    changes = [_change(d, Effect.LIVE) for d in differences(held.facts, want.facts, topology)]
+    changes += [_missing(volume) for volume in volumes]
+    actions: list[Action] = list(volumes)
+    if not same(held.facts, want.facts):
+        actions.append(DefineDomain(want.facts.name, want.facts, live=False))
+    if _runs(want):
+        changes.append(Change("state", "stopped", "running", Effect.LIVE))
+        actions += start_actions(want.facts, want.partition)
+    if not actions:
+        return None
+    return _Step(VmPlan(want.facts.name, Verb.CHANGE, tuple(changes)), tuple(actions))
+
+
+def _running_step(
+    want: Desired,
+    held: DomainStatus,
+    topology: Topology,
+    intent: Intent,
+    volumes: tuple[CreateVolume, ...],
+) -> _Step | None:
+    assert held.live is not None
+    name = want.facts.name
+    live = differences(held.live, want.facts, topology)
+    redefine = not same(held.facts, want.facts)
+    define = (DefineDomain(name, want.facts, live=False),) if redefine else ()
+    if not _runs(want):
+        changes = [Change("state", "running", "stopped", Effect.NEEDS_RESTART)]
+        changes += [_change(d, Effect.LIVE) for d in live]
+        stop = stop_actions(held.live) if intent.restart else ()
+        row = _row(name, Verb.CHANGE, changes, () if intent.restart else (RESTART,))
+        return _Step(row, (*volumes, *stop, *define))
+    if {field for field, _, _ in live} - LIVE_FIELDS:
+        if intent.restart:
+            changes = [_change(d, Effect.NEEDS_RESTART) for d in live]
+            chain = (*stop_actions(held.live), *volumes, *define)
+            row = _row(name, Verb.REPLACE, changes)
+            return _Step(row, (*chain, *start_actions(want.facts, want.partition)))
+        mark = (MarkRestartNeeded(name, held.facts.uuid),) if redefine else ()
+        changes = [_change(d, Effect.NEXT_RESTART) for d in live]
+        return _Step(_row(name, Verb.CHANGE, changes, (RESTART,)), (*volumes, *define, *mark))
+    drifted = live or differences(held.facts, want.facts, topology)
+    if not drifted and not volumes:
+        return None
+    changes = [_change(d, Effect.LIVE) for d in drifted] + [_missing(v) for v in volumes]
+    repin = (DefineDomain(name, want.facts, live=True),) if drifted else ()
+    return _Step(_row(name, Verb.CHANGE, changes), (*volumes, *repin))
+
+
+def _orphan_step(domain: DomainStatus, current: CurrentState, intent: Intent) -> _Step:
+    """A VM of ours that the file no longer declares: kept until the user says otherwise."""
+    missing = (PRUNE,) if not intent.prune else ()
+    if domain.running and not intent.restart:
+        missing += (RESTART,)
+    disks = tuple(
+        disk.path
+        for disk in domain.facts.disks
+        if disk.path in {volume.path for volume in current.volumes}
+    )
+    effect = Effect.NEEDS_PRUNE if missing else Effect.LIVE
+    changes = [Change("declared", "was", "no longer in the file", effect)]
+    if intent.delete_disks and disks:
+        changes.append(Change("disks", ", ".join(disks), "deleted", Effect.DESTROYS_DATA))
+    row = _row(domain.name, Verb.DELETE, changes, missing)
+    if missing:
+        return _Step(row, ())
+    facts = domain.live or domain.facts
+    stop: tuple[Action, ...] = stop_actions(facts) if domain.running else ()
+    undefine = UndefineDomain(domain.name, facts.uuid, disks if intent.delete_disks else ())
+    return _Step(row, (*stop, undefine))
+
+
+def _runs(want: Desired) -> bool:
+    return want.state is PowerState.RUNNING
+
+
+def _row(name: str, verb: Verb, changes: list[Change], pending: tuple[str, ...] = ()) -> VmPlan:
+    return VmPlan(name, verb, tuple(changes), pending=pending)
+
+
+def _change(difference: tuple[str, str, str], effect: Effect) -> Change:
+    return Change(*difference, effect)
+
+
+def _missing(volume: CreateVolume) -> Change:
+    return Change("disks", f"{volume.volume.name} is missing", "created empty", Effect.LIVE)

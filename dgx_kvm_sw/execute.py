@@ -1,0 +1,231 @@
+"""Carry out a plan: under the lock, in order, one VM's failure stopping that VM only."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from dgx_kvm_sw.access.files import locked
+from dgx_kvm_sw.guest import domainxml
+from dgx_kvm_sw.guest.hypervisor import Hypervisor
+from dgx_kvm_sw.host.fabric import Fabric, fabric_for
+from dgx_kvm_sw.model.actions import (
+    Action,
+    CreateVolume,
+    DefineDomain,
+    MarkRestartNeeded,
+    PreparePartition,
+    ReleasePartition,
+    ShutDownDomain,
+    StartDomain,
+    UndefineDomain,
+)
+from dgx_kvm_sw.model.base import StrEnum
+from dgx_kvm_sw.model.domain import DomainDef
+from dgx_kvm_sw.model.errors import DgxKvmError, HostError
+from dgx_kvm_sw.model.pci import PciAddress
+from dgx_kvm_sw.model.platform import Platform
+from dgx_kvm_sw.reconcile import LOCK, POOL_PATH, Site
+
+JOURNAL = "/var/lib/dgx-kvm/journal.jsonl"
+PREPARED = "/run/dgx-kvm/prepared"
+
+_JOURNAL_BYTES = 4 << 20  # then it is renamed aside, once
+_SHUTDOWN_SECONDS = 120.0
+_PARALLEL = 16
+
+
+class Stage(StrEnum):
+    BEGIN = "begin"
+    DONE = "done"
+    FAILED = "failed"
+    SKIPPED = "skipped"  # an earlier action of the same VM failed
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happens to an action, for progress and the journal."""
+
+    stage: Stage
+    action: Action
+    error: DgxKvmError | None = None
+
+
+Report = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Power:
+    """How VMs are shut down."""
+
+    timeout: float = _SHUTDOWN_SECONDS
+    force: bool = False  # destroy what is still up after the timeout
+
+
+@dataclass(frozen=True)
+class Outcome:
+    done: int
+    failures: tuple[tuple[Action, DgxKvmError], ...]
+
+
+def locked_site(site: Site, purpose: str) -> object:
+    """A context in which no other command changes the VMs of this host."""
+    return locked(site.root.path(LOCK), f"`dgx-kvm {purpose}` (process {os.getpid()})")
+
+
+def execute(
+    site: Site,
+    hypervisor: Hypervisor,
+    platform: Platform,
+    actions: tuple[Action, ...],
+    definitions: dict[str, DomainDef],
+    report: Report = lambda event: None,
+    power: Power = Power(),  # noqa: B008 - a frozen value
+) -> Outcome:
+    """Carry out `actions` in order; the caller holds the lock.
+
+    Raises HostError before the first action when the journal cannot be written.
+    """
+    run = _Run(site, hypervisor, fabric_for(platform, site.root), definitions, report, power)
+    return run.all(actions)
+
+
+@dataclass
+class _Run:
+    site: Site
+    hypervisor: Hypervisor
+    fabric: Fabric
+    definitions: dict[str, DomainDef]
+    report: Report
+    power: Power
+    done: list[Action] = field(default_factory=list)  # threads append to it
+    failures: list[tuple[Action, DgxKvmError]] = field(default_factory=list)
+    failed: set[str] = field(default_factory=set)
+    held: dict[PciAddress, str] = field(default_factory=dict)
+
+    def all(self, actions: tuple[Action, ...]) -> Outcome:
+        self._journal({"event": "plan", "actions": len(actions)}, sync=True)
+        for phase, group in itertools.groupby(actions, key=lambda action: action.phase):
+            self._phase(phase, list(group))
+        summary = {"event": "end", "done": len(self.done), "failed": len(self.failures)}
+        self._journal(summary, sync=True)
+        return Outcome(len(self.done), tuple(self.failures))
+
+    def _phase(self, phase: int, actions: list[Action]) -> None:
+        """Shut down and start VMs side by side, do everything else one by one."""
+        chains: dict[str, list[Action]] = {}
+        for action in actions:
+            chains.setdefault(action.vm, []).append(action)
+        if phase == PreparePartition.phase:
+            self.held = self._running_devices()
+        if phase in (ShutDownDomain.phase, StartDomain.phase) and len(chains) > 1:
+            with ThreadPoolExecutor(min(_PARALLEL, len(chains))) as pool:
+                list(pool.map(self._chain, chains.values()))
+        else:
+            self._chain(actions)
+
+    def _chain(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            if action.vm in self.failed:
+                self._tell(Event(Stage.SKIPPED, action))
+                continue
+            self._tell(Event(Stage.BEGIN, action))
+            try:
+                self._do(action)
+            except DgxKvmError as error:
+                self.failed.add(action.vm)
+                self.failures.append((action, error))
+                self._tell(Event(Stage.FAILED, action, error))
+            else:
+                self.done.append(action)
+                self._tell(Event(Stage.DONE, action))
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case ShutDownDomain():
+                power = self.power
+                self.hypervisor.shut_down(action.vm, action.uuid, power.timeout, force=power.force)
+            case ReleasePartition():
+                self.fabric.release(action.devices)
+            case UndefineDomain():
+                self.hypervisor.undefine(action.vm, action.uuid)
+                for path in action.delete_volumes:
+                    self.hypervisor.delete_volume(path)
+            case CreateVolume():
+                self.hypervisor.ensure_pool(POOL_PATH)
+                self.hypervisor.create_volume(action.volume)
+            case DefineDomain():
+                self._define(action)
+            case PreparePartition():
+                self._prepare(action)
+            case StartDomain():
+                self._start(action)
+            case MarkRestartNeeded():
+                pass  # a statement for the reader; status finds it by comparing
+
+    def _define(self, action: DefineDomain) -> None:
+        self.hypervisor.define(action.vm, self.definitions[action.vm].xml)
+        if action.live and action.facts.owner:
+            metadata = domainxml.metadata(action.facts.owner)
+            self.hypervisor.update_live(action.facts, metadata)
+
+    def _prepare(self, action: PreparePartition) -> None:
+        """Make the partition ready and leave the mark without which the qemu hook, and we
+        ourselves, start no VM. Nothing of it may touch a device that a running domain holds.
+        """
+        for device in action.devices:
+            holder = self.held.get(device)
+            if holder and holder != action.vm:
+                raise HostError(
+                    f"{action.vm} cannot have PCI device {device}: the running domain"
+                    f" {holder} holds it",
+                    f"stop {holder} first",
+                )
+        self.fabric.prepare(action.partition, action.devices)
+        self.fabric.verify(action.partition, action.devices)
+        self.site.root.write(f"{PREPARED}/{action.uuid}", "", 0o600, sync=False)
+
+    def _start(self, action: StartDomain) -> None:
+        mark = f"{PREPARED}/{action.uuid}"
+        if not self.site.root.exists(mark):
+            raise HostError(f"{action.vm} is not prepared", f"run `dgx-kvm start {action.vm}`")
+        try:
+            self.hypervisor.start(action.vm, action.uuid)
+        finally:
+            self.site.root.remove(mark)  # good for one start only
+
+    def _running_devices(self) -> dict[PciAddress, str]:
+        """Who holds what at this moment; asked of libvirt, as a shutdown may have failed."""
+        held = {}
+        for domain in self.hypervisor.domains():
+            if domain.live:
+                facts = domainxml.parse(domain.live)
+                held.update({hostdev.source: facts.name for hostdev in facts.hostdevs})
+        return held
+
+    # -- telling ----------------------------------------------------------------------------
+
+    def _tell(self, event: Event) -> None:
+        if event.stage is not Stage.BEGIN:
+            entry: dict[str, object] = {
+                "event": str(event.stage),
+                "action": type(event.action).__name__,
+                "vm": event.action.vm,
+            }
+            if event.error:
+                entry["error"] = event.error.message
+            self._journal(entry, sync=False)
+        self.report(event)
+
+    def _journal(self, entry: dict[str, object], *, sync: bool) -> None:
+        path = self.site.root.path(JOURNAL)
+        if sync and path.exists() and path.stat().st_size > _JOURNAL_BYTES:
+            path.replace(path.with_suffix(".jsonl.1"))
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        line = json.dumps({"time": stamp, "pid": os.getpid(), **entry})
+        self.site.root.append(JOURNAL, line + "\n", sync=sync)

@@ -1,0 +1,223 @@
+"""libvirt: the only module that talks to it, with its errors turned into sentences."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
+
+import libvirt
+
+from dgx_kvm_sw.model.domain import DomainFacts, Volume
+from dgx_kvm_sw.model.errors import HypervisorError
+from dgx_kvm_sw.model.pci import CpuSet
+
+POOL = "dgx-kvm"
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class DomainXml:
+    """A domain as libvirt holds it: its inactive XML, and the live one while it runs."""
+
+    name: str
+    uuid: str
+    inactive: str
+    live: str | None
+
+
+class Hypervisor:
+    """One connection to libvirt, safe to use from several threads."""
+
+    def __init__(self, uri: str, *, read_only: bool = False) -> None:
+        libvirt.registerErrorHandler(lambda _context, _error: None, None)  # we print them
+        opener = libvirt.openReadOnly if read_only else libvirt.open
+        try:
+            self._connection: Any = opener(uri)
+        except libvirt.libvirtError as error:
+            raise HypervisorError(
+                f"libvirt does not answer at {uri}: {_reason(error)}",
+                "start it with `systemctl start libvirtd`, and run this as root",
+            ) from error
+
+    def close(self) -> None:
+        with contextlib.suppress(libvirt.libvirtError):
+            self._connection.close()
+
+    @property
+    def version(self) -> int:
+        """The library's version as libvirt counts it: 9.0.0 is 9_000_000."""
+        return int(self._connection.getLibVersion())
+
+    # -- domains ----------------------------------------------------------------------------
+
+    def domains(self) -> tuple[DomainXml, ...]:
+        """Return all domains, by name; one that vanishes while we look is left out."""
+        found = []
+        with _explained("list the domains"):
+            domains = self._connection.listAllDomains()
+        for domain in domains:
+            try:
+                found.append(_domain_xml(domain))
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                    raise HypervisorError(
+                        f"libvirt could not describe a domain: {_reason(error)}"
+                    ) from error
+        return tuple(sorted(found, key=lambda domain: domain.name))
+
+    def domain(self, name: str) -> DomainXml:
+        """Return one domain; raises HypervisorError when there is no such domain."""
+        with _explained(f"find {name}"):
+            return _domain_xml(self._connection.lookupByName(name))
+
+    def define(self, name: str, xml: str) -> None:
+        """Define or redefine, always validated: libvirt drops misspelt elements silently."""
+        with _explained(f"define {name}"):
+            self._connection.defineXMLFlags(xml, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+
+    def update_live(self, facts: DomainFacts, metadata: tuple[str, str, str]) -> None:
+        """Move a running domain's threads to the pins of `facts` and refresh its metadata.
+
+        `metadata` is (element as XML, prefix, namespace).
+        """
+        with _explained(f"change {facts.name} while it runs"):
+            domain = self._connection.lookupByUUIDString(facts.uuid)
+            for vcpu, cpus in enumerate(facts.vcpu_pins):
+                domain.pinVcpu(vcpu, _cpu_map(cpus))
+            if facts.emulator_pin.cpus:
+                helpers = _cpu_map(facts.emulator_pin)
+                domain.pinEmulator(helpers, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+            domain.setMetadata(
+                libvirt.VIR_DOMAIN_METADATA_ELEMENT, *metadata, libvirt.VIR_DOMAIN_AFFECT_LIVE
+            )
+
+    def start(self, name: str, uuid: str) -> None:
+        with _explained(f"start {name}"):
+            self._connection.lookupByUUIDString(uuid).create()
+
+    def shut_down(self, name: str, uuid: str, timeout: float, *, force: bool) -> None:
+        """Ask the guest to shut down and wait; with `force`, then pull the plug.
+
+        Raises HypervisorError when the guest is still up after `timeout` seconds.
+        """
+        with _explained(f"shut down {name}"):
+            domain = self._connection.lookupByUUIDString(uuid)
+            end = time.monotonic() + timeout
+            if timeout > 0 and domain.isActive():
+                domain.shutdown()
+            while domain.isActive() and time.monotonic() < end:
+                time.sleep(_POLL_SECONDS)
+            if domain.isActive() and force:
+                domain.destroy()
+            if not domain.isActive():
+                return
+        raise HypervisorError(
+            f"{name} did not shut down within {timeout:g} s",
+            f"look at `dgx-kvm console {name}`, or pull its plug: dgx-kvm stop {name} --force",
+        )
+
+    def undefine(self, name: str, uuid: str) -> None:
+        with _explained(f"undefine {name}"):
+            domain = self._connection.lookupByUUIDString(uuid)
+            if self._connection.getType() == "TEST":
+                domain.undefine()  # the test driver knows no flags
+            else:
+                domain.undefineFlags(
+                    libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+                    | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+                    | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+                )
+
+    # -- volumes ----------------------------------------------------------------------------
+
+    def volumes(self) -> tuple[Volume, ...]:
+        """Return the volumes of our pool, by name; none where there is no such pool."""
+        pool = self._pool()
+        if pool is None or not pool.isActive():
+            return ()
+        with _explained(f"list the volumes of the pool {POOL}"):
+            found = [_volume(volume) for volume in pool.listAllVolumes()]
+        return tuple(sorted(found, key=lambda volume: volume.name))
+
+    def ensure_pool(self, path: str) -> None:
+        """Define and start our storage pool where it is missing or stopped."""
+        pool = self._pool()
+        with _explained(f"make the storage pool {POOL} at {path}"):
+            if pool is None:
+                target = f"<target><path>{escape(path)}</path></target>"
+                pool = self._connection.storagePoolDefineXML(
+                    f"<pool type='dir'><name>{POOL}</name>{target}</pool>"
+                )
+                pool.setAutostart(True)
+            if not pool.isActive():
+                pool.build()
+                pool.create()
+
+    def create_volume(self, volume: Volume) -> None:
+        backing = ""
+        if volume.backing:
+            backing = (
+                f"<backingStore><path>{escape(volume.backing)}</path>"
+                "<format type='qcow2'/></backingStore>"
+            )
+        with _explained(f"create the disk {volume.name}"):
+            pool = self._connection.storagePoolLookupByName(POOL)
+            pool.createXML(
+                f"<volume><name>{escape(volume.name)}</name>"
+                f"<capacity unit='MiB'>{volume.capacity_mib}</capacity><allocation>0</allocation>"
+                f"<target><format type='{volume.format}'/></target>{backing}</volume>"
+            )
+
+    def delete_volume(self, path: str) -> None:
+        with _explained(f"delete the disk {path}"):
+            self._connection.storageVolLookupByPath(path).delete()
+
+    def _pool(self) -> Any:
+        try:
+            return self._connection.storagePoolLookupByName(POOL)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_STORAGE_POOL:
+                return None
+            raise HypervisorError(
+                f"libvirt could not find its storage pools: {_reason(error)}"
+            ) from error
+
+
+def _domain_xml(domain: Any) -> DomainXml:
+    inactive = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    live = domain.XMLDesc() if domain.isActive() else None
+    return DomainXml(domain.name(), domain.UUIDString(), inactive, live)
+
+
+def _volume(volume: Any) -> Volume:
+    tree = ElementTree.fromstring(volume.XMLDesc())
+    target_format = tree.find("target/format")
+    return Volume(
+        name=volume.name(),
+        path=volume.path(),
+        capacity_mib=int(tree.findtext("capacity") or 0) >> 20,
+        format=target_format.get("type", "raw") if target_format is not None else "raw",
+        backing=(tree.findtext("backingStore/path") or "").strip(),
+    )
+
+
+def _cpu_map(cpus: CpuSet) -> tuple[bool, ...]:
+    return tuple(cpu in cpus.cpus for cpu in range(max(cpus, default=0) + 1))
+
+
+def _reason(error: libvirt.libvirtError) -> str:
+    """libvirt's own words, on one line, without the driver's name before them."""
+    return " ".join((error.get_error_message() or str(error)).split())
+
+
+@contextlib.contextmanager
+def _explained(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        raise HypervisorError(f"libvirt could not {doing}: {_reason(error)}") from error

@@ -1,0 +1,77 @@
+"""libvirt's test driver with a memory: what it holds is kept in files between commands."""
+
+from __future__ import annotations
+
+import json
+
+from dgx_kvm_sw.access.files import Root
+from dgx_kvm_sw.guest.hypervisor import Hypervisor
+from dgx_kvm_sw.model.base import to_json
+from dgx_kvm_sw.model.domain import DomainFacts, Volume
+
+NODE_FILE = "/libvirt/node.xml"
+_DOMAINS = "/libvirt/domains"
+_VOLUMES = "/libvirt/volumes"
+_POOL = "/libvirt/pool"
+
+
+class SimulatedHypervisor(Hypervisor):
+    """The real Hypervisor on `test://`, loaded from a root at the start and saved at each change.
+
+    A file is written after libvirt has done its part, so that a killed command leaves what a
+    real libvirtd would hold: each change either happened or did not.
+    """
+
+    def __init__(self, root: Root) -> None:
+        super().__init__(f"test://{root.path(NODE_FILE).resolve()}")
+        self._root = root
+        self._load()
+
+    def _load(self) -> None:
+        for name in self._root.names(_DOMAINS):
+            saved = json.loads(self._root.read(f"{_DOMAINS}/{name}"))
+            if saved["live"]:
+                self._connection.defineXML(saved["live"]).create()
+            self._connection.defineXML(saved["inactive"])
+        if pool := self._root.read(_POOL, ""):
+            super().ensure_pool(pool)
+        for name in self._root.names(_VOLUMES):
+            super().create_volume(Volume(**json.loads(self._root.read(f"{_VOLUMES}/{name}"))))
+
+    def _save(self, name: str) -> None:
+        found = self.domain(name)
+        saved = json.dumps({"inactive": found.inactive, "live": found.live})
+        self._root.write(f"{_DOMAINS}/{name}.json", saved, sync=False)
+
+    def define(self, name: str, xml: str) -> None:
+        super().define(name, xml)
+        self._save(name)
+
+    def update_live(self, facts: DomainFacts, metadata: tuple[str, str, str]) -> None:
+        super().update_live(facts, metadata)
+        self._save(facts.name)
+
+    def start(self, name: str, uuid: str) -> None:
+        super().start(name, uuid)
+        self._save(name)
+
+    def shut_down(self, name: str, uuid: str, timeout: float, *, force: bool) -> None:
+        super().shut_down(name, uuid, timeout, force=force)
+        self._save(name)
+
+    def undefine(self, name: str, uuid: str) -> None:
+        super().undefine(name, uuid)
+        self._root.remove(f"{_DOMAINS}/{name}.json")
+
+    def ensure_pool(self, path: str) -> None:
+        super().ensure_pool(path)
+        self._root.write(_POOL, path, sync=False)
+
+    def create_volume(self, volume: Volume) -> None:
+        super().create_volume(volume)
+        saved = json.dumps(to_json(volume))
+        self._root.write(f"{_VOLUMES}/{volume.name}", saved, sync=False)
+
+    def delete_volume(self, path: str) -> None:
+        super().delete_volume(path)
+        self._root.remove(f"{_VOLUMES}/{path.rpartition('/')[2]}")

@@ -1,0 +1,214 @@
+"""What no schema can say about vms.yaml: names given once, references, quotas, pins, shares.
+
+Nothing here trusts a value's type: these checks also run when the schema was not kept, so that
+one run names every mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dgx_kvm_sw.guest.document import Document, Path
+from dgx_kvm_sw.guest.problems import did_you_mean, shown
+from dgx_kvm_sw.model.errors import Problem
+from dgx_kvm_sw.model.pci import PciAddress
+from dgx_kvm_sw.model.spec import SIZES, SourceLine
+
+_AMOUNTS = ("vcpus", "cpus", "memory", "nics", "drives")
+
+
+@dataclass(frozen=True)
+class VmEntry:
+    """One item of `vms`, with the values it takes from `defaults`."""
+
+    document: Document
+    path: Path
+    own: Mapping[str, Any]
+    settings: Mapping[str, Any]  # defaults, then its own
+
+    @property
+    def source(self) -> SourceLine:
+        return SourceLine(self.document.file, self.document.span(self.path).line)
+
+    @property
+    def name(self) -> str:
+        return str(self.own.get("name", ""))
+
+    @property
+    def tenant(self) -> str:
+        return str(self.settings.get("tenant", ""))
+
+    @property
+    def gpus(self) -> int | None:
+        """Its size, or None where that is not one of the sizes there are."""
+        gpus = self.own.get("gpus")
+        return gpus if gpus in SIZES and type(gpus) is int else None
+
+    def problem(self, key: str, message: str, hint: str = "") -> Problem:
+        """A problem with its own value of `key`, or with the VM when that is not its own."""
+        path = (*self.path, key) if key in self.own else self.path
+        return self.document.problem(path, message, hint)
+
+
+@dataclass(frozen=True)
+class TenantEntry:
+    """One item of `tenants`."""
+
+    document: Document
+    name: str
+    limits: Mapping[str, Any]
+
+    @property
+    def source(self) -> SourceLine:
+        return SourceLine(self.document.file, self.document.keys["tenants", self.name].line)
+
+
+def vm_entries(documents: Sequence[Document]) -> list[VmEntry]:
+    """Return the VMs of all files in order; the first file is vms.yaml with the defaults."""
+    defaults = documents[0].mapping("defaults")
+    return [
+        VmEntry(document, ("vms", index), own, {**defaults, **own})
+        for document in documents
+        for index, own in enumerate(document.sequence("vms"))
+        if isinstance(own, dict)
+    ]
+
+
+def tenant_entries(documents: Sequence[Document]) -> list[TenantEntry]:
+    return [
+        TenantEntry(document, name, document.mapping("tenants", name))
+        for document in documents
+        for name in document.mapping("tenants")
+    ]
+
+
+def mistakes(
+    documents: Sequence[Document], sizes: Mapping[int, Document], images: Collection[str] | None
+) -> Iterator[Problem]:
+    """Yield every mistake between the parts of the files; `sizes` are the size templates."""
+    vms, tenants = vm_entries(documents), tenant_entries(documents)
+    yield from _misplaced_keys(documents[1:], documents[0].file)
+    yield from _repeated_names(vms, tenants)
+    yield from _unknown_references(documents[0], vms, "tenant", {t.name for t in tenants})
+    if images is not None:
+        yield from _unknown_references(documents[0], vms, "image", images)
+    yield from _repeated_disks(vms)
+    yield from _bad_pins(vms)
+    yield from _exceeded_quotas(vms, tenants)
+    yield from _shares_of_nothing(vms, sizes)
+
+
+def _misplaced_keys(drop_ins: Sequence[Document], main: str) -> Iterator[Problem]:
+    for document in drop_ins:
+        for key in ("host", "defaults"):
+            if key in document.mapping():
+                yield document.key_problem((key,), "holds for the whole host", f"move it to {main}")
+
+
+def _repeated_names(vms: Sequence[VmEntry], tenants: Sequence[TenantEntry]) -> Iterator[Problem]:
+    declared: dict[str, SourceLine] = {}
+    for vm in vms:
+        if vm.name in declared:
+            message = f"{shown(vm.name)} is already declared at {declared[vm.name]}"
+            yield vm.problem("name", message, "every VM needs a name of its own")
+        elif vm.name:
+            declared[vm.name] = vm.source
+    declared = {}
+    for tenant in tenants:
+        if tenant.name in declared:
+            message = f"is already declared at {declared[tenant.name]}"
+            yield tenant.document.key_problem(("tenants", tenant.name), message, "keep one of them")
+        declared.setdefault(tenant.name, tenant.source)
+
+
+def _unknown_references(
+    main: Document, vms: Sequence[VmEntry], key: str, known: Collection[str]
+) -> Iterator[Problem]:
+    """Yield a problem for every `key` (tenant, image) whose value is not among the known."""
+    written: list[tuple[Document, Path]] = [(main, ("defaults", key))]
+    written += [(vm.document, (*vm.path, key)) for vm in vms]
+    for document, path in written:
+        value = document.get(*path)
+        if isinstance(value, str) and value not in known:
+            some = (
+                f"known {key}s: {', '.join(sorted(known)[:8])}" if known else f"no {key} is known"
+            )
+            hint = did_you_mean(value, known) or some
+            yield document.problem(path, f"there is no {key} {shown(value)}", hint)
+
+
+def _repeated_disks(vms: Sequence[VmEntry]) -> Iterator[Problem]:
+    for vm in vms:
+        seen: set[str] = set()
+        for index, disk in enumerate(vm.document.sequence(*vm.path, "disks")):
+            name = disk.get("name") if isinstance(disk, dict) else None
+            if isinstance(name, str) and name in seen:
+                path = (*vm.path, "disks", index, "name")
+                yield vm.document.problem(path, f"this VM already has a disk {shown(name)}")
+            seen.add(str(name))
+
+
+def _bad_pins(vms: Sequence[VmEntry]) -> Iterator[Problem]:
+    holders: dict[str, VmEntry] = {}
+    for vm in vms:
+        pins = vm.own.get("pin")
+        if not isinstance(pins, list):
+            continue
+        if vm.gpus is not None and len(pins) != vm.gpus:
+            message = f"{len(pins)} GPUs are pinned, but gpus is {vm.gpus}"
+            yield vm.problem("pin", message, "pin every GPU of the VM, or none")
+        for index, pin in enumerate(pins):
+            gpu = _one_form(pin)
+            if gpu in holders:
+                holder = holders[gpu]
+                message = f"GPU {gpu} is already pinned by {shown(holder.name)} at {holder.source}"
+                yield vm.document.problem((*vm.path, "pin", index), message)
+            holders.setdefault(gpu, vm)
+
+
+def _one_form(pin: Any) -> str:
+    """Return one text for all ways to write a GPU; the machine alone can match the two kinds."""
+    try:
+        return str(PciAddress.parse(str(pin)))
+    except ValueError:
+        return str(pin)
+
+
+def _exceeded_quotas(vms: Sequence[VmEntry], tenants: Sequence[TenantEntry]) -> Iterator[Problem]:
+    """Yield a problem at the first VM that is too much for its tenant, for each limit."""
+    owned: dict[str, list[VmEntry]] = {}
+    for vm in vms:
+        owned.setdefault(vm.tenant, []).append(vm)
+    for tenant in tenants:
+        for limit, unit, key in (("max_gpus", "GPUs", "gpus"), ("max_vms", "VMs", "name")):
+            allowed = tenant.limits.get(limit)
+            total = 0
+            for vm in owned.get(tenant.name, ()):
+                total += 1 if unit == "VMs" else vm.gpus or 0
+                if isinstance(allowed, int) and total > allowed:
+                    message = f"with this VM tenant {shown(tenant.name)} has {total} {unit}"
+                    hint = f"{limit} is {allowed} at {tenant.source}"
+                    yield vm.problem(key, message, hint)
+                    break
+
+
+def _shares_of_nothing(vms: Sequence[VmEntry], sizes: Mapping[int, Document]) -> Iterator[Problem]:
+    """A share is of what a VM's GPUs bring with them; without GPUs there is nothing to share."""
+    hint = "give a number of CPU threads or devices, or a size like 4GiB"
+    if 0 in sizes:
+        for key, value in sizes[0].mapping().items():
+            if key in _AMOUNTS and _is_share(value):
+                message = f"{value} is of what GPUs bring along; these VMs have none"
+                yield sizes[0].problem((key,), message, hint)
+    for vm in vms:
+        for key in _AMOUNTS:
+            value = vm.settings.get(key)
+            if vm.gpus == 0 and _is_share(value):
+                message = f"{key} is {value} of what GPUs bring along; this VM has none"
+                yield vm.problem(key, message, hint)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, str) and value.endswith("%")

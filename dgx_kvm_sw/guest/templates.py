@@ -1,0 +1,116 @@
+"""Domain templates: found, checked, and rendered; the one place that uses Jinja.
+
+Search order: the admin's folder, then the pristine set; `dist/NAME` is always pristine, so a
+site template can extend it and survive upgrades.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dgx_kvm_sw.access.files import Root, pristine_template_path, template_path
+from dgx_kvm_sw.model.base import digest
+from dgx_kvm_sw.model.errors import BadFileError, HostError, Problem
+
+API = 1
+
+_API_LINE = re.compile(r"template_api:\s*(\d+)")
+_REFERENCE = re.compile(r"""\{%-?\s*(?:extends|include|import|from)\s+["']([^"']+)["']""")
+_PRISTINE = "dist/"
+
+
+def template_digest(root: Root, name: str) -> str:
+    """Return a digest of a template's text and of all that it extends or includes.
+
+    Found by their quoted names, without Jinja: importing it would double the time of an
+    apply that has nothing to do.
+    """
+    texts: dict[str, str] = {}
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        if current not in texts:
+            texts[current] = _text(root, current)
+            waiting += _REFERENCE.findall(texts[current])
+    return digest(texts)
+
+
+def render(root: Root, name: str, **variables: Any) -> str:
+    """Render a template; raises BadFileError with the file and line of what is wrong in it."""
+    import jinja2
+
+    _check_api(root, name)
+    loader = jinja2.FunctionLoader(_source(root))
+    environment = jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, autoescape=True, cache_size=50
+    )
+    try:
+        return environment.get_template(name).render(**variables)
+    except jinja2.TemplateSyntaxError as error:
+        shown = error.name or name
+        raise _problem(root, shown, error.lineno, error.message or "is not valid") from error
+    except jinja2.TemplateNotFound as error:
+        raise _problem(root, name, 0, f"it needs {error.name}, which is not there") from error
+    except (jinja2.UndefinedError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        file, line = _where(root, name, error)
+        raise _problem(root, file, line, str(error)) from error
+
+
+def _source(root: Root) -> Callable[[str], tuple[str, str, Callable[[], bool]]]:
+    def load(name: str) -> tuple[str, str, Callable[[], bool]]:
+        return _text(root, name), name, lambda: True
+
+    return load
+
+
+def _text(root: Root, name: str) -> str:
+    path = _path(root, name)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _problem(root, name, 0, "is not UTF-8 text") from error
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise HostError(f"cannot read the template {path}: {reason}") from error
+
+
+def _path(root: Root, name: str) -> Path:
+    if name.startswith(_PRISTINE):
+        return pristine_template_path(root, name.removeprefix(_PRISTINE))
+    return template_path(root, name)
+
+
+def _check_api(root: Root, name: str) -> None:
+    first = _text(root, name).split("\n", 1)[0]
+    match = _API_LINE.search(first)
+    if not match:
+        raise _problem(root, name, 1, f"its first line does not say template_api: {API}")
+    if int(match.group(1)) != API:
+        raise _problem(
+            root, name, 1, f"it is written for template_api {match.group(1)}, this is {API}"
+        )
+
+
+def _where(root: Root, name: str, error: BaseException) -> tuple[str, int]:
+    """Find the innermost template line in a traceback; Jinja rewrites frames to templates."""
+    file, line = name, 0
+    traceback = error.__traceback__
+    while traceback:
+        code = traceback.tb_frame.f_code
+        if "__jinja_template__" in traceback.tb_frame.f_globals or code.co_filename.endswith(".j2"):
+            file, line = code.co_filename, traceback.tb_lineno
+        traceback = traceback.tb_next
+    return file, line
+
+
+def _problem(root: Root, name: str, line: int, message: str) -> BadFileError:
+    path = _path(root, name)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if line else []
+    snippet = lines[line - 1] if 0 < line <= len(lines) else ""
+    indent = len(snippet) - len(snippet.lstrip())
+    end = len(snippet) + 1
+    problem = Problem(str(path), line, indent + 1, line, end, "", message, "", snippet)
+    return BadFileError((problem,))

@@ -1,0 +1,350 @@
+"""Gather what is declared and what is there, and decide: files, host and libvirt meet here."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from dgx_kvm_sw.access.files import Root
+from dgx_kvm_sw.decide.changes import same
+from dgx_kvm_sw.decide.domain import Surroundings, desired_domain, desired_volumes
+from dgx_kvm_sw.decide.fit import Inputs
+from dgx_kvm_sw.decide.placement import gpu_indexes, place
+from dgx_kvm_sw.decide.plan import Desired, Intent, devices_of, diff, start_actions, stop_actions
+from dgx_kvm_sw.guest import domainxml, images, templates
+from dgx_kvm_sw.guest import spec as spec_file
+from dgx_kvm_sw.host import health as host_health
+from dgx_kvm_sw.host import platforms
+from dgx_kvm_sw.model.actions import Action, Plan
+from dgx_kvm_sw.model.base import digest
+from dgx_kvm_sw.model.domain import CurrentState, DomainDef, DomainFacts, DomainStatus
+from dgx_kvm_sw.model.errors import HostError, UsageError
+from dgx_kvm_sw.model.health import HealthReport
+from dgx_kvm_sw.model.pci import CpuSet
+from dgx_kvm_sw.model.placement import GuestCell, Holding, Placement, Placements, Unplaceable
+from dgx_kvm_sw.model.platform import Partition, Platform
+from dgx_kvm_sw.model.spec import HostSpec, VmSpec
+from dgx_kvm_sw.model.topology import Topology
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing libvirt costs 30 ms that `validate` and `topology` need not pay
+    from dgx_kvm_sw.guest.hypervisor import Hypervisor
+
+SPEC_FILE = "/etc/dgx-kvm/vms.yaml"
+POOL_PATH = "/var/lib/dgx-kvm/images"
+LOCK = "/run/dgx-kvm/lock"
+_VALIDATED = "/run/dgx-kvm/validated"
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where everything is: the machine's root, the spec file, libvirt."""
+
+    root: Root
+    spec_file: str = SPEC_FILE
+    spec_root: Root | None = None  # where a file given on the command line is; None = root
+    uri: str = "qemu:///system"
+    simulated: bool = False
+
+    @contextlib.contextmanager
+    def hypervisor(self, *, read_only: bool = False) -> Iterator[Hypervisor]:
+        """Connect to libvirt, or to its test driver on a simulated machine."""
+        if self.simulated:
+            from dgx_kvm_sw.guest.simulated import SimulatedHypervisor
+
+            connection: Hypervisor = SimulatedHypervisor(self.root)
+        else:
+            from dgx_kvm_sw.guest.hypervisor import Hypervisor
+
+            connection = Hypervisor(self.uri, read_only=read_only)
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+    def load_spec(self, known_images: images.Catalogue) -> HostSpec:
+        """Read vms.yaml and what belongs to it; remembers which text has passed the schema."""
+        remembered = self.root.read(_VALIDATED, "")
+        root = self.spec_root or self.root
+        spec = spec_file.load(root, self.spec_file, known_images.images, remembered)
+        if spec.digest != remembered:
+            with contextlib.suppress(HostError):  # only a memory: not root, or a full disk
+                self.root.write(_VALIDATED, spec.digest, sync=False)
+        return spec
+
+    def machine_id(self) -> str:
+        """The machine's id, 32 hexadecimal digits: names become UUIDs with it."""
+        text = self.root.read("/etc/machine-id")
+        if len(text) != 32 or not set(text) <= set("0123456789abcdef"):
+            raise HostError(
+                f"{self.root.path('/etc/machine-id')} does not hold a machine id",
+                "make one with `systemd-machine-id-setup`",
+            )
+        return text
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Everything known at one moment, and what follows from it."""
+
+    inputs: Inputs
+    current: CurrentState
+    placements: Placements
+    desired: tuple[Desired, ...]
+    definitions: dict[str, DomainDef]  # by VM: those to be defined anew
+    notes: tuple[str, ...]
+
+    @property
+    def spec(self) -> HostSpec:
+        return self.inputs.spec
+
+    @property
+    def topology(self) -> Topology:
+        return self.inputs.topology
+
+    @property
+    def platform(self) -> Platform:
+        return self.inputs.platform
+
+    @property
+    def health(self) -> HealthReport:
+        return self.inputs.health
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of every input: file, templates, devices, health, and what libvirt holds."""
+        wanted = [want.facts for want in self.desired]
+        devices = self.topology.devices()
+        return digest(self.spec.digest, wanted, devices, self.health, self.current)
+
+    def plan(self, intent: Intent) -> Plan:
+        plan = diff(self.desired, self.placements.unplaceable, self.current, self.topology, intent)
+        return replace(plan, notes=self.notes)
+
+    def domain(self, name: str) -> DomainStatus:
+        """The VM of this name as libvirt holds it; raises for one that is not there or not ours."""
+        found = self.current.domain(name)
+        if found and found.managed:
+            return found
+        if found:
+            raise UsageError(f"{name} is a domain that dgx-kvm did not make", "use virsh for it")
+        if any(vm.name == name for vm in self.spec.vms):
+            raise UsageError(f"{name} is declared but not made yet", "run `dgx-kvm apply`")
+        names = [domain.name for domain in self.current.domains if domain.managed]
+        close = difflib.get_close_matches(name, names, 1)
+        raise UsageError(
+            f"there is no VM {name}",
+            f"did you mean {close[0]}?" if close else "`dgx-kvm status` lists the VMs",
+        )
+
+    def start_actions(self, name: str) -> tuple[Action, ...]:
+        """Start a VM with the definition libvirt holds; nothing for one that runs."""
+        held = self.domain(name)
+        return () if held.running else start_actions(held.facts, self._partition(held.facts))
+
+    def stop_actions(self, name: str) -> tuple[Action, ...]:
+        held = self.domain(name)
+        return stop_actions(held.live) if held.live else ()
+
+    def restart_actions(self, name: str) -> tuple[Action, ...]:
+        """Stop and start a VM; the start takes whatever definition libvirt holds by then."""
+        held = self.domain(name)
+        return (*self.stop_actions(name), *start_actions(held.facts, self._partition(held.facts)))
+
+    def _partition(self, facts: DomainFacts) -> Partition | None:
+        gpus = gpu_indexes(self.topology, devices_of(facts))
+        return next((p for p in self.platform.partitions if p.gpus == gpus), None)
+
+
+def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
+    """Read files, host and libvirt, place every VM, and render what has to be defined anew."""
+    catalogue = images.catalogue(site.root)
+    spec = site.load_spec(catalogue)
+    platform, topology = platforms.survey(site.root)
+    health = host_health.assess(topology, site.root, platform.fabric_model)
+    current = read_current(hypervisor)
+    foreign = {domain.name for domain in current.domains if not domain.managed}
+    ours = replace(spec, vms=tuple(vm for vm in spec.vms if vm.name not in foreign))
+    holdings = _holdings(current, topology, spec, intent)
+    inputs = Inputs(ours, topology, platform, health, holdings)
+    placements = place(inputs)
+    taken = tuple(_name_taken(vm) for vm in spec.vms if vm.name in foreign)
+    placements = replace(placements, unplaceable=(*taken, *placements.unplaceable))
+    around = Surroundings(
+        machine_id=site.machine_id(),
+        pool_path=POOL_PATH,
+        image_paths={image.name: image.path for image in catalogue.images.values()},
+        template_digests={
+            name: templates.template_digest(site.root, name)
+            for name in sorted({vm.template for vm in ours.vms})
+        },
+    )
+    features = domainxml.LibvirtFeatures.of(hypervisor.version)
+    desired, definitions = [], {}
+    for vm in ours.vms:
+        if placement := placements.of(vm.name):
+            want = _desired(vm, placement, inputs, current, around)
+            want, definition = _rendered(site.root, want, current, features)
+            desired.append(want)
+            if definition:
+                definitions[vm.name] = definition
+    notes = (*catalogue.problems, *_disk_notes(desired, current))
+    return Situation(inputs, current, placements, tuple(desired), definitions, notes)
+
+
+def read_current(hypervisor: Hypervisor) -> CurrentState:
+    """Read all that libvirt holds."""
+    domains = []
+    for found in hypervisor.domains():
+        live = domainxml.parse(found.live) if found.live else None
+        facts = domainxml.parse(found.inactive)
+        domains.append(DomainStatus(facts, found.live is not None, live))
+    return CurrentState(tuple(domains), hypervisor.volumes())
+
+
+def _name_taken(vm: VmSpec) -> Unplaceable:
+    return Unplaceable(
+        vm.name,
+        ("libvirt has a domain of this name that dgx-kvm did not make",),
+        (f"rename the VM at {vm.source}, or the domain",),
+    )
+
+
+def _desired(
+    vm: VmSpec,
+    placement: Placement,
+    inputs: Inputs,
+    current: CurrentState,
+    around: Surroundings,
+) -> Desired:
+    facts = desired_domain(vm, placement, inputs.topology, around)
+    held = current.domain(vm.name)
+    if held:  # a host whose machine id has changed keeps the UUIDs its domains were made with
+        facts = replace(facts, uuid=held.facts.uuid)
+    return Desired(
+        facts=facts,
+        volumes=desired_volumes(vm, around),
+        partition=placement.partition,
+        state=vm.state,
+        summary=summary(placement, inputs.topology),
+    )
+
+
+def _rendered(
+    root: Root, want: Desired, current: CurrentState, features: domainxml.LibvirtFeatures
+) -> tuple[Desired, DomainDef | None]:
+    """Render a domain that is new or differs; what its template really says is what is desired.
+
+    A domain that is as decided is not rendered: that keeps an apply with nothing to do quick.
+    """
+    held = current.domain(want.facts.name)
+    running_as_wanted = held is None or held.live is None or same(held.live, want.facts)
+    if held and same(held.facts, want.facts) and running_as_wanted:
+        return want, None
+    definition = domainxml.render(root, want.facts, features)
+    return replace(want, facts=definition.facts), definition
+
+
+def summary(placement: Placement, topology: Topology) -> str:
+    """Return one line for a person: what a VM gets, and where."""
+    gpus = [gpu.index for gpu in topology.gpus if gpu.pci.address in placement.gpus]
+    parts = []
+    if gpus:
+        kind = "GPU" if len(gpus) == 1 else "GPUs"
+        parts.append(f"{kind} {CpuSet.of(gpus)}")
+    counts = (
+        (len(placement.nvswitches), "NVSwitch", "NVSwitches"),
+        (len(placement.nics), "NIC", "NICs"),
+        (len(placement.drives), "drive", "drives"),
+    )
+    parts += [f"{count} {one if count == 1 else many}" for count, one, many in counts if count]
+    parts += [f"{placement.vcpus} threads", f"{placement.memory_mib / 1024:g} GiB"]
+    nodes = CpuSet.of(cell.host_node for cell in placement.cells)
+    return f"{', '.join(parts)} on NUMA node{'s' if len(nodes) > 1 else ''} {nodes}"
+
+
+# -- what existing domains hold ---------------------------------------------------------------
+
+
+def _holdings(
+    current: CurrentState, topology: Topology, spec: HostSpec, intent: Intent
+) -> tuple[Holding, ...]:
+    """What every domain holds, but for VMs that this plan will delete."""
+    declared = {vm.name for vm in spec.vms}
+    holdings = []
+    for domain in current.domains:
+        doomed = intent.prune and (intent.restart or not domain.running)
+        if domain.managed and domain.name not in declared and doomed:
+            continue
+        versions = [domain.live, domain.facts] if domain.live else [domain.facts]
+        if len(versions) == 2 and domain.live and same(domain.live, domain.facts):
+            versions.pop()
+        stays = domain.running or domain.name not in declared
+        holdings += [
+            _holding(facts, domain.managed, stays, topology, domain.running)
+            for facts in versions
+            if facts
+        ]
+    return tuple(holdings)
+
+
+def _holding(
+    facts: DomainFacts, ours: bool, stays: bool, topology: Topology, running: bool
+) -> Holding:
+    if ours:
+        cells = tuple(
+            GuestCell(cell.host_node or 0, _cores(facts, cell.vcpus), cell.memory_mib)
+            for cell in facts.cells
+        )
+    else:
+        cells = _foreign_cells(facts, topology) if running else ()
+    return Holding(facts.name, ours, stays, devices_of(facts), cells, facts.hugepage_kib)
+
+
+def _cores(facts: DomainFacts, vcpus: CpuSet) -> tuple[tuple[int, ...], ...]:
+    """The host cores behind these guest CPUs, which come as whole cores, thread by thread."""
+    cpus = [min(facts.vcpu_pins[v], default=-1) for v in vcpus if v < facts.vcpus]
+    step = facts.threads_per_core
+    return tuple(tuple(cpus[i : i + step]) for i in range(0, len(cpus), step))
+
+
+def _foreign_cells(facts: DomainFacts, topology: Topology) -> tuple[GuestCell, ...]:
+    """Guess what a running domain that is not ours uses: its pins, and memory on all nodes.
+
+    Pins to most of the machine are as good as none.
+    """
+    pinned = CpuSet.of(cpu for pin in facts.vcpu_pins for cpu in pin)
+    narrow = len(pinned) <= 2 * facts.vcpus
+    nodes = [node for node in topology.numa_nodes if node.cores]
+    cells = []
+    for node in nodes:
+        bound = [cell.memory_mib for cell in facts.cells if cell.host_node == node.id]
+        spread = not any(cell.host_node is not None for cell in facts.cells)
+        memory = facts.memory_mib // len(nodes) if spread else sum(bound)
+        cpus = sorted(node.cpus.cpus & pinned.cpus) if narrow else []
+        cells.append(GuestCell(node.id, tuple((cpu,) for cpu in cpus), memory))
+    return tuple(cells)
+
+
+def _disk_notes(desired: list[Desired], current: CurrentState) -> list[str]:
+    """Disks are made once: say where the file now asks for others, and change nothing."""
+    held = {volume.path: volume for volume in current.volumes}
+    notes = []
+    for want in desired:
+        for volume in want.volumes:
+            have = held.get(volume.path)
+            if have and have.capacity_mib != volume.capacity_mib:
+                notes.append(
+                    f"{want.facts.name}: disk {volume.name} has {have.capacity_mib / 1024:g} GiB,"
+                    f" the file says {volume.capacity_mib / 1024:g}; disks are not resized"
+                )
+            if have and have.backing != volume.backing:
+                notes.append(
+                    f"{want.facts.name}: disk {volume.name} was made from"
+                    f" {have.backing or 'nothing'}, the file says {volume.backing or 'nothing'};"
+                    " delete the VM with its disks to make it anew"
+                )
+    return notes

@@ -1,0 +1,62 @@
+"""Sample machines to break: every change is one that a real machine can show."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from dgx_kvm_sw.access.files import Root
+from dgx_kvm_sw.host import simulate
+from dgx_kvm_sw.host.platforms import PHYSICAL_IDS
+
+MACHINES = simulate.names()
+
+
+def own(name: str, directory: Path) -> Root:
+    """Build a machine that the test may change."""
+    simulate.build(name, directory)
+    return Root(directory)
+
+
+def device_path(root: Root, address: object) -> Path:
+    """The folder of a PCI device, not the link to it."""
+    return root.path(f"/sys/bus/pci/devices/{address}").resolve()
+
+
+def change(root: Root, address: object, attribute: str, text: str) -> None:
+    (device_path(root, address) / attribute).write_text(f"{text}\n")
+
+
+def unplug(root: Root, *addresses: object) -> None:
+    """Take devices off the bus, as the kernel does after surprise removal."""
+    for address in addresses:
+        shutil.rmtree(device_path(root, address))
+        root.path(f"/sys/bus/pci/devices/{address}").unlink()
+
+
+def silence(root: Root, address: object) -> None:
+    """Let a device fall off the bus while the kernel still lists it."""
+    (device_path(root, address) / "config").write_bytes(b"\xff" * 64)
+
+
+def bind(root: Root, address: object, driver: str | None) -> None:
+    link = device_path(root, address) / "driver"
+    link.unlink()
+    if driver:
+        target = root.path(f"/sys/bus/pci/drivers/{driver}")
+        target.mkdir(exist_ok=True)
+        link.symlink_to(os.path.relpath(target, link.parent))
+
+
+def without_numa(root: Root) -> None:
+    """A kernel built without NUMA: no nodes, and no device knows one."""
+    shutil.rmtree(root.path("/sys/devices/system/node"))
+    for name in root.names("/sys/bus/pci/devices"):
+        change(root, name, "numa_node", "-1")
+
+
+def write_physical_ids(root: Root, ids: Mapping[str, int]) -> None:
+    root.write(PHYSICAL_IDS, json.dumps({"version": 1, "ids": ids}), sync=False)
