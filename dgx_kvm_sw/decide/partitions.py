@@ -25,7 +25,7 @@ def rank(
     3. Most neighbours: VMs that meet the larger partitions around the candidate. Where many are
        already, room for a large VM comes last anyway. Counted in VMs, not in GPUs: one VM of
        four leaves sooner than the last of four.
-    4. `preference` (smaller is better), then the lowest id: the same state, the same answer.
+    4. `preference` (smaller is better), then the lowest GPUs: the same state, the same answer.
 
     Accepted load stays within 0.5 % of the exact optimum however 4 falls (bench/placement.py).
     """
@@ -45,7 +45,7 @@ def rank(
             if other & mask == mask:
                 neighbours += count
         loss = tuple(-count for count in left.values())
-        return (-partition.links, loss, -neighbours, preference(partition), partition.id)
+        return (-partition.links, loss, -neighbours, preference(partition), partition.gpus)
 
     free = [
         (partition, mask)

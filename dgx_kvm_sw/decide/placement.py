@@ -15,7 +15,7 @@ from dgx_kvm_sw.model.spec import VmSpec
 from dgx_kvm_sw.model.topology import Topology
 
 # A full file of 16 VMs needs 16 tries; the bound only ends searches that cannot succeed.
-_MAX_TRIES = 2000
+_MAX_TRIES = 500
 
 
 def place(inputs: Inputs) -> Placements:
@@ -110,7 +110,8 @@ class Search:
     def run(self, order: list[VmSpec]) -> list[Placement]:
         """Place in order; when that leaves someone out, look for a choice that does not."""
         greedy = self._greedy(order)
-        if len(greedy) == len(order):
+        asked = sum(vm.gpus for vm in order)
+        if len(greedy) == len(order) or asked > len(self.inputs.topology.gpus):
             return greedy
         return self._exact(order, self.start) or greedy
 
@@ -291,10 +292,17 @@ def _indexes(partition: Partition) -> str:
 
 def _grouped(verdicts: list[Candidate]) -> tuple[str, ...]:
     """One sentence for each distinct reason, naming the sets it stands for."""
-    sets: dict[str, list[str]] = {}
+    sets: dict[str, list[Partition]] = {}
     for verdict in verdicts:
-        sets.setdefault(verdict.verdict, []).append(_gpus(verdict.partition))
-    return tuple(f"{', '.join(names)}: {reason}" for reason, names in sets.items())
+        sets.setdefault(verdict.verdict, []).append(verdict.partition)
+    return tuple(
+        reason if len(found) == found[0].size == 1 else f"{_sets(found)}: {reason}"
+        for reason, found in sets.items()
+    )
+
+
+def _sets(partitions: list[Partition]) -> str:
+    return ", ".join(_gpus(partition) for partition in partitions)
 
 
 def _gpus(partition: Partition) -> str:

@@ -91,7 +91,7 @@ def _hint(value: Any, schema: dict[str, Any]) -> str:
     if isinstance(value, (list, dict)):
         return ""
     if _first_type(schema) == "array":
-        return f"write it as a list: [{value}]"
+        return "put it in brackets to make it a list"
     accepts = Draft7Validator(schema).is_valid
     corrections = _corrections(value, "iB" in schema.get("pattern", ""))
     hint = next((words for corrected, words in corrections if accepts(corrected)), "")
