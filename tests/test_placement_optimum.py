@@ -25,8 +25,6 @@ from bench.placement import (
     SHORTFALL,
     best_ranked,
     first_ranked,
-    most_neighbours,
-    no_taste,
     simulate,
     worse_in_links,
 )
@@ -40,14 +38,13 @@ class Case:
     """A list's chain with what rank() holds equally good in each state."""
 
     model: Chain
-    plain: Flags
-    with_neighbours: Flags
+    ranked: Flags
 
 
 @cache
 def case(name: str) -> Case:
     model = chain(partitions(name))
-    return Case(model, best_ranked(model, no_taste), best_ranked(model, most_neighbours))
+    return Case(model, best_ranked(model))
 
 
 @cache
@@ -58,53 +55,30 @@ def optimum(name: str, load: float, objective: Objective) -> float:
 # -- the gates --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("name", LISTS)
-def test_accepted_requests_are_near_the_optimum_however_ties_fall(name: str, load: float) -> None:
-    share = accepted(case(name).model, load, Objective.REQUESTS, case(name).plain, worst)
-    assert share >= optimum(name, load, Objective.REQUESTS) * (1 - SHORTFALL)
-
-
-_TIES_COST_GPUS = pytest.mark.xfail(strict=True, reason="rank() does not look at VMs nearby")
-
-
-@pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("dgx2-shared", marks=_TIES_COST_GPUS),
-        pytest.param("dgx2-passthrough", marks=_TIES_COST_GPUS),
-        "dgx-h100",
-    ],
-)
-def test_accepted_gpus_are_near_the_optimum_however_ties_fall(name: str, load: float) -> None:
-    share = accepted(case(name).model, load, Objective.GPUS, case(name).plain, worst)
-    assert share >= optimum(name, load, Objective.GPUS) * (1 - SHORTFALL)
-
-
 @pytest.mark.parametrize("objective", Objective)
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("name", LISTS)
-def test_ties_to_most_neighbours_are_near_both_optima(
+def test_accepted_load_is_near_the_optimum_however_ties_fall(
     name: str, load: float, objective: Objective
 ) -> None:
-    share = accepted(case(name).model, load, objective, case(name).with_neighbours, worst)
+    share = accepted(case(name).model, load, objective, case(name).ranked, worst)
     assert share >= optimum(name, load, objective) * (1 - SHORTFALL)
 
 
 @pytest.mark.parametrize("name", LISTS)
 def test_no_choice_has_fewer_links_than_a_free_set_of_the_size(name: str) -> None:
-    checked, fewer = worse_in_links(case(name).model, case(name).plain)
+    checked, fewer = worse_in_links(case(name).model, case(name).ranked)
     assert checked
     assert fewer == 0
 
 
 @pytest.mark.parametrize("objective", Objective)
 def test_concrete_run_agrees_with_the_exact_bounds(objective: Objective) -> None:
-    model, plain = case("dgx2-shared").model, case("dgx2-shared").plain
+    model, ranked = case("dgx2-shared").model, case("dgx2-shared").ranked
     run = simulate(model.partitions, 0.7, first_ranked(model.partitions))[objective]
-    assert run.mean + run.margin >= accepted(model, 0.7, objective, plain, worst)
-    assert run.mean - run.margin <= accepted(model, 0.7, objective, plain, best)
+    # Two margins: one of twenty honest runs would fall outside a single one.
+    assert run.mean + 2 * run.margin >= accepted(model, 0.7, objective, ranked, worst)
+    assert run.mean - 2 * run.margin <= accepted(model, 0.7, objective, ranked, best)
 
 
 # -- the optimum itself -----------------------------------------------------------------------

@@ -59,10 +59,12 @@ def test_everything_is_found(
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_indexes_follow_pci_order(machine: Machine, name: str) -> None:
-    for devices in (discover(machine(name)).gpus, discover(machine(name)).nvswitches):
-        addresses = [device.pci.address for device in devices]
-        assert addresses == sorted(addresses)
-        assert [device.index for device in devices] == list(range(len(devices)))
+    topology = discover(machine(name))
+    gpus = [(gpu.index, gpu.pci.address) for gpu in topology.gpus]
+    nvswitches = [(switch.index, switch.pci.address) for switch in topology.nvswitches]
+    for devices in (gpus, nvswitches):
+        addresses = sorted(address for _, address in devices)
+        assert devices == list(enumerate(addresses))
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -101,7 +103,7 @@ def test_a_gpu_in_full(dgx2: Root) -> None:
 
 def test_two_gpus_and_a_nic_share_a_switch_on_the_dgx2(machine: Machine) -> None:
     topology = discover(machine("dgx2"))
-    pcis = [device.pci for device in (*topology.gpus, *topology.nics)]
+    pcis = [gpu.pci for gpu in topology.gpus] + [nic.pci for nic in topology.nics]
     below_a_switch = Counter(pci.upstream[:4] for pci in pcis if len(pci.upstream) == 5)
     assert list(below_a_switch.values()) == [3] * 8
 

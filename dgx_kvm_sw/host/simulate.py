@@ -80,10 +80,11 @@ class _Tree:
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
+        self.folders: set[str] = set()
 
     def write(self, folder: str, files: Mapping[str, str | bytes | int]) -> None:
         """Write a folder of attributes; text gets the newline that the kernel adds."""
-        os.makedirs(f"{self.directory}{folder}", exist_ok=True)
+        self._make(folder)
         for name, content in files.items():
             data = content if isinstance(content, bytes) else f"{content}\n".encode()
             with open(f"{self.directory}{folder}/{name}", "wb", buffering=0) as stream:
@@ -92,8 +93,13 @@ class _Tree:
     def link(self, path: str, target: str) -> None:
         """Make `path` a relative link to `target`, as sysfs does."""
         folder = os.path.dirname(path)
-        os.makedirs(f"{self.directory}{folder}", exist_ok=True)
+        self._make(folder)
         os.symlink(os.path.relpath(target, folder), f"{self.directory}{path}")
+
+    def _make(self, folder: str) -> None:
+        if folder not in self.folders:
+            os.makedirs(f"{self.directory}{folder}", exist_ok=True)
+            self.folders.add(folder)
 
 
 def _files_of_state(name: str, machine: Mapping[str, Any]) -> dict[str, str]:

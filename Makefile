@@ -1,0 +1,75 @@
+# make demo    the main job on a simulated DGX-2, end to end
+# make test    all tests, linters and types
+# make bench   placement against the exact optimum; speed against the floor
+# make docs    the man page and the bash completion, from the argument tree
+# make format  put the code into its form
+#
+# As root on Debian 12 or later each target installs what it needs, with apt and, for the
+# linter alone, pip. Tests use the system's Python and packages: what users get.
+
+SHELL := /bin/bash
+export PATH := /usr/sbin:/usr/bin:/sbin:/bin
+export PYTHONDONTWRITEBYTECODE := 1
+PYTHON := /usr/bin/python3
+TOOLS := .cache/tools
+
+RUN_PACKAGES := python3-libvirt python3-yaml python3-jinja2 python3-jsonschema python3-debian libvirt0
+DOCS_PACKAGES := python3-argparse-manpage python3-shtab man-db
+TEST_PACKAGES := $(RUN_PACKAGES) $(DOCS_PACKAGES) python3-pytest python3-pytest-xdist \
+	python3-hypothesis python3-numpy python3-venv mypy shellcheck libvirt-daemon-system \
+	libvirt-clients qemu-system-x86 qemu-utils ovmf seabios iproute2 procps
+# Pinned: a newer linter may not find new faults in old code on the day of a release.
+TOOL_PACKAGES := ruff==0.17.6 types-PyYAML==6.0.12.20261113 types-jsonschema==4.26.0.20261006
+
+.PHONY: demo test lint unit integration bench docs format clean
+
+demo: .cache/installed-run
+	./demo
+
+test: lint unit integration
+
+lint: .cache/installed-test $(TOOLS)/done
+	$(TOOLS)/bin/ruff format --check .
+	$(TOOLS)/bin/ruff check .
+	$(TOOLS)/bin/python -m mypy
+	shellcheck demo .ci/run debian/host/qemu-hook
+
+unit: .cache/installed-test docs
+	$(PYTHON) -m pytest -n 2 -m "not integration"
+
+integration: .cache/installed-test
+	$(PYTHON) -m pytest -m integration tests/integration
+
+bench: .cache/installed-test
+	$(PYTHON) -m bench.placement
+	$(PYTHON) -m bench.speed
+
+docs: .cache/installed-docs
+	$(PYTHON) -m tools.docs build
+
+format: $(TOOLS)/done
+	$(TOOLS)/bin/ruff check --fix .
+	$(TOOLS)/bin/ruff format .
+
+clean:
+	rm -rf build .cache/pytest .cache/mypy .cache/demo
+
+# Installs only what is missing, so that a second run needs neither root nor network.
+.cache/installed-run: PACKAGES := $(RUN_PACKAGES)
+.cache/installed-docs: PACKAGES := $(RUN_PACKAGES) $(DOCS_PACKAGES)
+.cache/installed-test: PACKAGES := $(TEST_PACKAGES)
+.cache/installed-%: Makefile
+	@mkdir -p .cache
+	@missing=$$(for name in $(PACKAGES); do \
+		dpkg-query -W -f '$${db:Status-Status}\n' $$name 2>/dev/null | grep -qx installed \
+		|| echo $$name; done); \
+	if [ -n "$$missing" ]; then \
+		echo "installing $$missing" && apt-get -qq update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends -y $$missing; \
+	fi
+	@touch $@
+
+$(TOOLS)/done: Makefile .cache/installed-test
+	$(PYTHON) -m venv --system-site-packages $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check $(TOOL_PACKAGES)
+	@touch $@
