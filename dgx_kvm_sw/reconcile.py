@@ -12,8 +12,17 @@ from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.decide.changes import same
 from dgx_kvm_sw.decide.domain import Surroundings, desired_domain, desired_volumes
 from dgx_kvm_sw.decide.fit import Inputs
+from dgx_kvm_sw.decide.holdings import holdings_of
 from dgx_kvm_sw.decide.placement import gpu_indexes, place
-from dgx_kvm_sw.decide.plan import Desired, Intent, devices_of, diff, start_actions, stop_actions
+from dgx_kvm_sw.decide.plan import (
+    RESTART,
+    Desired,
+    Intent,
+    devices_of,
+    diff,
+    start_actions,
+    stop_actions,
+)
 from dgx_kvm_sw.guest import domainxml, images, templates
 from dgx_kvm_sw.guest import spec as spec_file
 from dgx_kvm_sw.host import health as host_health
@@ -24,7 +33,7 @@ from dgx_kvm_sw.model.domain import CurrentState, DomainDef, DomainFacts, Domain
 from dgx_kvm_sw.model.errors import HostError, UsageError
 from dgx_kvm_sw.model.health import HealthReport
 from dgx_kvm_sw.model.pci import CpuSet
-from dgx_kvm_sw.model.placement import GuestCell, Holding, Placement, Placements, Unplaceable
+from dgx_kvm_sw.model.placement import Placement, Placements, Unplaceable
 from dgx_kvm_sw.model.platform import Partition, Platform
 from dgx_kvm_sw.model.spec import HostSpec, VmSpec
 from dgx_kvm_sw.model.topology import Topology
@@ -168,9 +177,9 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     current = read_current(hypervisor)
     foreign = {domain.name for domain in current.domains if not domain.managed}
     ours = replace(spec, vms=tuple(vm for vm in spec.vms if vm.name not in foreign))
-    holdings = _holdings(current, topology, spec, intent)
+    holdings = holdings_of(current, topology, spec, intent)
     inputs = Inputs(ours, topology, platform, health, holdings)
-    placements = place(inputs)
+    placements = _placed(inputs, current, intent)
     taken = tuple(_name_taken(vm) for vm in spec.vms if vm.name in foreign)
     placements = replace(placements, unplaceable=(*taken, *placements.unplaceable))
     around = Surroundings(
@@ -203,6 +212,24 @@ def read_current(hypervisor: Hypervisor) -> CurrentState:
         facts = domainxml.parse(found.inactive)
         domains.append(DomainStatus(facts, found.live is not None, live))
     return CurrentState(tuple(domains), hypervisor.volumes())
+
+
+def _placed(inputs: Inputs, current: CurrentState, intent: Intent) -> Placements:
+    """Place all VMs; for those that are refused only because others may not be stopped, say so."""
+    placements = place(inputs)
+    if intent.restart or not placements.unplaceable:
+        return placements
+    stopping = replace(intent, restart=True)
+    holdings = holdings_of(current, inputs.topology, inputs.spec, stopping)
+    if holdings == inputs.holdings:
+        return placements
+    then = place(replace(inputs, holdings=holdings))
+    hint = f"{RESTART} would make room: it lets running VMs leave what they no longer ask for"
+    refused = tuple(
+        replace(each, remedies=(hint,)) if then.of(each.vm) else each
+        for each in placements.unplaceable
+    )
+    return replace(placements, unplaceable=refused)
 
 
 def _name_taken(vm: VmSpec) -> Unplaceable:
@@ -264,69 +291,6 @@ def summary(placement: Placement, topology: Topology) -> str:
     parts += [f"{placement.vcpus} threads", f"{placement.memory_mib / 1024:g} GiB"]
     nodes = CpuSet.of(cell.host_node for cell in placement.cells)
     return f"{', '.join(parts)} on NUMA node{'s' if len(nodes) > 1 else ''} {nodes}"
-
-
-# -- what existing domains hold ---------------------------------------------------------------
-
-
-def _holdings(
-    current: CurrentState, topology: Topology, spec: HostSpec, intent: Intent
-) -> tuple[Holding, ...]:
-    """What every domain holds, but for VMs that this plan will delete."""
-    declared = {vm.name for vm in spec.vms}
-    holdings = []
-    for domain in current.domains:
-        doomed = intent.prune and (intent.restart or not domain.running)
-        if domain.managed and domain.name not in declared and doomed:
-            continue
-        versions = [domain.live, domain.facts] if domain.live else [domain.facts]
-        if len(versions) == 2 and domain.live and same(domain.live, domain.facts):
-            versions.pop()
-        stays = domain.running or domain.name not in declared
-        holdings += [
-            _holding(facts, domain.managed, stays, topology, domain.running)
-            for facts in versions
-            if facts
-        ]
-    return tuple(holdings)
-
-
-def _holding(
-    facts: DomainFacts, ours: bool, stays: bool, topology: Topology, running: bool
-) -> Holding:
-    if ours:
-        cells = tuple(
-            GuestCell(cell.host_node or 0, _cores(facts, cell.vcpus), cell.memory_mib)
-            for cell in facts.cells
-        )
-    else:
-        cells = _foreign_cells(facts, topology) if running else ()
-    return Holding(facts.name, ours, stays, devices_of(facts), cells, facts.hugepage_kib)
-
-
-def _cores(facts: DomainFacts, vcpus: CpuSet) -> tuple[tuple[int, ...], ...]:
-    """The host cores behind these guest CPUs, which come as whole cores, thread by thread."""
-    cpus = [min(facts.vcpu_pins[v], default=-1) for v in vcpus if v < facts.vcpus]
-    step = facts.threads_per_core
-    return tuple(tuple(cpus[i : i + step]) for i in range(0, len(cpus), step))
-
-
-def _foreign_cells(facts: DomainFacts, topology: Topology) -> tuple[GuestCell, ...]:
-    """Guess what a running domain that is not ours uses: its pins, and memory on all nodes.
-
-    Pins to most of the machine are as good as none.
-    """
-    pinned = CpuSet.of(cpu for pin in facts.vcpu_pins for cpu in pin)
-    narrow = len(pinned) <= 2 * facts.vcpus
-    nodes = [node for node in topology.numa_nodes if node.cores]
-    cells = []
-    for node in nodes:
-        bound = [cell.memory_mib for cell in facts.cells if cell.host_node == node.id]
-        spread = not any(cell.host_node is not None for cell in facts.cells)
-        memory = facts.memory_mib // len(nodes) if spread else sum(bound)
-        cpus = sorted(node.cpus.cpus & pinned.cpus) if narrow else []
-        cells.append(GuestCell(node.id, tuple((cpu,) for cpu in cpus), memory))
-    return tuple(cells)
 
 
 def _disk_notes(desired: list[Desired], current: CurrentState) -> list[str]:

@@ -90,7 +90,7 @@ class _Tree:
 
     def numbered(self, expanders: list[int]) -> tuple[PciController, ...]:
         """Give each expander bus room for itself and every bus below it."""
-        ends = [*expanders[1:], len(self.controllers) + 1]
+        ends = [*expanders, len(self.controllers) + 1][1:]
         bus_nr = _LAST_BUS + 1 - len(self.controllers)
         numbers = {}
         for first, end in zip(expanders, ends, strict=True):

@@ -16,7 +16,7 @@ from dgx_kvm_sw.guest.problems import did_you_mean, shown
 from dgx_kvm_sw.guest.yamlsource import resolved
 from dgx_kvm_sw.model.errors import Problem
 
-_DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 _TYPE_NAMES = {
     "object": "a mapping",
@@ -31,7 +31,7 @@ _YAML_1_1_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
 
 def schema_text(name: str) -> str:
     """Return a schema, "vms" or "size", as it is stored."""
-    return (_DATA / f"{name}.schema.json").read_text(encoding="utf-8")
+    return (DATA / f"{name}.schema.json").read_text(encoding="utf-8")
 
 
 def violations(document: Document, schema: str, optional: bool = False) -> Iterator[Problem]:

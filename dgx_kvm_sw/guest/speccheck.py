@@ -44,7 +44,7 @@ class VmEntry:
     def gpus(self) -> int | None:
         """Its size, or None where that is not one of the sizes there are."""
         gpus = self.own.get("gpus")
-        return gpus if gpus in SIZES and type(gpus) is int else None
+        return gpus if gpus in SIZES else None
 
     def problem(self, key: str, message: str, hint: str = "") -> Problem:
         """A problem with its own value of `key`, or with the VM when that is not its own."""
