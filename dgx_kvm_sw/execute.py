@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from dgx_kvm_sw.access.files import locked
@@ -73,9 +74,9 @@ class Outcome:
     failures: tuple[tuple[Action, DgxKvmError], ...]
 
 
-def locked_site(site: Site, purpose: str) -> object:
-    """A context in which no other command changes the VMs of this host."""
-    return locked(site.root.path(LOCK), f"`dgx-kvm {purpose}` (process {os.getpid()})")
+def locked_site(site: Site, purpose: str, wait: float = 0.0) -> AbstractContextManager[None]:
+    """A context in which no other command changes the VMs of this host; waits so many seconds."""
+    return locked(site.root.path(LOCK), f"`dgx-kvm {purpose}` (process {os.getpid()})", wait)
 
 
 def execute(
@@ -110,6 +111,8 @@ class _Run:
 
     def all(self, actions: tuple[Action, ...]) -> Outcome:
         self._journal({"event": "plan", "actions": len(actions)}, sync=True)
+        for mark in self.site.root.names(PREPARED):  # of an apply that was killed
+            self.site.root.remove(f"{PREPARED}/{mark}")
         for phase, group in itertools.groupby(actions, key=lambda action: action.phase):
             self._phase(phase, list(group))
         summary = {"event": "end", "done": len(self.done), "failed": len(self.failures)}
@@ -153,9 +156,9 @@ class _Run:
             case ReleasePartition():
                 self.fabric.release(action.devices)
             case UndefineDomain():
+                for path in action.delete_volumes:  # first: while the domain is there, a killed
+                    self.hypervisor.delete_volume(path)  # apply can be finished by the next one
                 self.hypervisor.undefine(action.vm, action.uuid)
-                for path in action.delete_volumes:
-                    self.hypervisor.delete_volume(path)
             case CreateVolume():
                 self.hypervisor.ensure_pool(POOL_PATH)
                 self.hypervisor.create_volume(action.volume)
@@ -178,9 +181,9 @@ class _Run:
         """Make the partition ready and leave the mark without which the qemu hook, and we
         ourselves, start no VM. Nothing of it may touch a device that a running domain holds.
         """
-        for device in action.devices:
-            holder = self.held.get(device)
-            if holder and holder != action.vm:
+        for device in sorted(action.devices):
+            holder = self.held.setdefault(device, action.vm)  # atomic: VMs start side by side
+            if holder != action.vm:
                 raise HostError(
                     f"{action.vm} cannot have PCI device {device}: the running domain"
                     f" {holder} holds it",

@@ -105,6 +105,7 @@ class Situation:
     desired: tuple[Desired, ...]
     definitions: dict[str, DomainDef]  # by VM: those to be defined anew
     notes: tuple[str, ...]
+    site: Site
 
     @property
     def spec(self) -> HostSpec:
@@ -167,6 +168,11 @@ class Situation:
         gpus = gpu_indexes(self.topology, devices_of(facts))
         return next((p for p in self.platform.partitions if p.gpus == gpus), None)
 
+    def sample_vm(self, gpus: int) -> VmSpec:
+        """A VM of this size that says nothing more of itself, to ask what would still fit."""
+        root = self.site.spec_root or self.site.root
+        return spec_file.sample_vm(root, self.site.spec_file, gpus)
+
 
 def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     """Read files, host and libvirt, place every VM, and render what has to be defined anew."""
@@ -201,7 +207,7 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
             if definition:
                 definitions[vm.name] = definition
     notes = (*catalogue.problems, *_disk_notes(desired, current))
-    return Situation(inputs, current, placements, tuple(desired), definitions, notes)
+    return Situation(inputs, current, placements, tuple(desired), definitions, notes, site)
 
 
 def read_current(hypervisor: Hypervisor) -> CurrentState:
@@ -217,7 +223,9 @@ def read_current(hypervisor: Hypervisor) -> CurrentState:
 def _placed(inputs: Inputs, current: CurrentState, intent: Intent) -> Placements:
     """Place all VMs; for those that are refused only because others may not be stopped, say so."""
     placements = place(inputs)
-    if intent.restart or not placements.unplaceable:
+    if intent.restart:
+        return _placed_with_the_stuck(inputs, current, placements)
+    if not placements.unplaceable:
         return placements
     stopping = replace(intent, restart=True)
     holdings = holdings_of(current, inputs.topology, inputs.spec, stopping)
@@ -230,6 +238,24 @@ def _placed(inputs: Inputs, current: CurrentState, intent: Intent) -> Placements
         for each in placements.unplaceable
     )
     return replace(placements, unplaceable=refused)
+
+
+def _placed_with_the_stuck(
+    inputs: Inputs, current: CurrentState, placements: Placements
+) -> Placements:
+    """Place again as long as a running VM is refused whose hardware others may have been given:
+    a VM that cannot be started again is not stopped, so it keeps what it holds.
+    """
+    running = {domain.name for domain in current.domains if domain.running}
+    while stuck := {
+        held.vm
+        for held in inputs.holdings
+        if not held.stays and held.vm in running and placements.of(held.vm) is None
+    }:
+        kept = tuple(replace(h, stays=h.stays or h.vm in stuck) for h in inputs.holdings)
+        inputs = replace(inputs, holdings=kept)
+        placements = place(inputs)
+    return placements
 
 
 def _name_taken(vm: VmSpec) -> Unplaceable:

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hosts import SimulatedHost, share_machine
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.host import simulate
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--regenerate-output",
+        action="store_true",
+        help="write the golden files anew; read their diff before committing it",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _no_commands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit test runs no command unless it says so: its answer would depend on this machine."""
+    if not any(map(request.node.get_closest_marker, ("commands", "integration"))):
+
+        def refuse(*arguments: Any, **_: Any) -> None:
+            pytest.fail(f"a unit test runs the command {arguments[1:]}")
+
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
 @pytest.fixture(scope="session")
@@ -19,5 +41,16 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Root]:
     def of(name: str) -> Root:
         simulate.build(name, folder / name)
         return Root(folder / name)
+
+    return of
+
+
+@pytest.fixture
+def host(machine: Callable[[str], Root], tmp_path: Path) -> Callable[..., SimulatedHost]:
+    """Simulated hosts by the name of their machine, whose /sys all tests share."""
+
+    def of(name: str, folder: str = "host") -> SimulatedHost:
+        share_machine(machine(name), tmp_path / folder)
+        return SimulatedHost(Root(tmp_path / folder))
 
     return of

@@ -37,6 +37,14 @@ def unplug(root: Root, *addresses: object) -> None:
         root.path(f"/sys/bus/pci/devices/{address}").unlink()
 
 
+def plug(root: Root, address: str, like: object) -> None:
+    """Add a device beside another and of the same kind."""
+    model = device_path(root, like)
+    shutil.copytree(model, model.with_name(address), symlinks=True)
+    link = root.path(f"/sys/bus/pci/devices/{address}")
+    link.symlink_to(os.path.relpath(model.with_name(address), link.parent.resolve()))
+
+
 def silence(root: Root, address: object) -> None:
     """Let a device fall off the bus while the kernel still lists it."""
     (device_path(root, address) / "config").write_bytes(b"\xff" * 64)

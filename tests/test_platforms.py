@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from machines import MACHINES, change, own, unplug, without_numa, write_physical_ids
+from machines import MACHINES, change, own, plug, unplug, without_numa, write_physical_ids
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.host.platforms import PHYSICAL_IDS, read_physical_ids, supported_names, survey
@@ -379,6 +379,14 @@ def test_mixed_gpus_are_no_known_machine(tmp_path: Path) -> None:
     root = own("dgx-h100", tmp_path)
     change(root, gpu_addresses(survey(root)[1])[0], "device", "0x2335")
     assert survey(root)[0].name == "generic"
+
+
+def test_more_gpus_than_the_table_has_are_another_machine(tmp_path: Path) -> None:
+    root = own("dgx-a100", tmp_path)
+    plug(root, "0000:0f:01.0", like=gpu_addresses(survey(root)[1])[1])
+    platform, topology = survey(root)
+    assert len(topology.gpus) == 9
+    assert platform.name == "generic"
 
 
 @pytest.mark.parametrize("name", ["dgx2", "dgx-b200"])

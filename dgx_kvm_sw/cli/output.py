@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from dgx_kvm_sw.guest.problems import problems_json
+from dgx_kvm_sw.model.errors import BadFileError, DgxKvmError
+
 _WIDTH_ELSEWHERE = 100  # columns of a pipe or a file
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
@@ -79,3 +82,18 @@ def listed(words: Iterable[str], most: int = 8) -> str:
     found = list(words)
     rest = len(found) - most
     return ", ".join(found if rest <= 0 else [*found[:most], f"and {rest} more"])
+
+
+def say_error_json(error: DgxKvmError) -> None:
+    """Print an error for a program that asked for JSON; people read it on stderr."""
+    problems = problems_json(error.problems) if isinstance(error, BadFileError) else []
+    say_json(
+        {
+            "error": {
+                "message": error.message,
+                "hint": error.hint,
+                "exit_code": int(error.exit_code),
+                "problems": problems,
+            }
+        }
+    )

@@ -25,7 +25,7 @@ class NodeCapacity:
     reserve: tuple[Core, ...]  # the host's own; emulator and IO threads run here
     pool_cores: int  # of `cores`, kept from the GPUs' shares for VMs without GPUs
     memory: dict[int, int]  # page size in KiB (0 = ordinary) -> MiB
-    pool_memory: int  # of ordinary memory, the same
+    pool_memory: int  # MiB of the main kind of memory, the same
     serves: int | None  # the GPU node that this node's CPUs and memory are for
     gpus: int  # GPUs on that node, usable or not
 
@@ -40,7 +40,7 @@ class NodeCapacity:
         return next((size for size, mib in self.memory.items() if 2 * mib > whole), 0)
 
     def gpu_memory(self, page_kib: int) -> int:
-        pool = 0 if page_kib else self.pool_memory
+        pool = self.pool_memory if page_kib == self.main_page_kib else 0
         return max(0, self.memory.get(page_kib, 0) - pool)
 
 

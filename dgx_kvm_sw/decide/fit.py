@@ -10,7 +10,7 @@ from dgx_kvm_sw.decide import capacity
 from dgx_kvm_sw.decide.capacity import CannotResolve, CellDemand, Core, NodeCapacity
 from dgx_kvm_sw.decide.devices import Assignable, nearest
 from dgx_kvm_sw.decide.ledger import Ledger
-from dgx_kvm_sw.model.health import HealthReport
+from dgx_kvm_sw.model.health import DeviceState, HealthReport
 from dgx_kvm_sw.model.pci import CpuSet, PciAddress, PciDevice
 from dgx_kvm_sw.model.placement import GuestCell, Holding, Placement
 from dgx_kvm_sw.model.platform import FabricModel, Partition, Platform
@@ -53,7 +53,6 @@ def fit(
 
     What the VM holds already is kept wherever it still serves.
     """
-    held = inputs.holding(vm)
     assignable = Assignable(inputs.topology, inputs.health, ledger)
     gpus = [inputs.topology.gpus[index].pci for index in (partition.gpus if partition else ())]
     for gpu in gpus:
@@ -62,13 +61,35 @@ def fit(
     try:
         if gpus:
             on_node = Counter(inputs.topology.node(gpu.numa_node).id for gpu in gpus)
-            demand, page = capacity.gpu_demand(vm, on_node, caps)
-            _check_memory(ledger, vm, caps, demand, page)
+            demands = [capacity.gpu_demand(vm, on_node, caps)]
         else:
-            demand, page = _demand_without_gpus(caps, ledger, vm, held)
+            demands = _demands_without_gpus(inputs, caps, ledger, vm)
     except CannotResolve as error:
         raise DoesNotFit(str(error)) from error
-    cells = _cells(caps, ledger, vm.name, demand, held)
+    refusal = DoesNotFit()
+    for demand, page in demands:
+        try:
+            return _with_demand(inputs, caps, ledger, vm, partition, demand, page)
+        except DoesNotFit as error:
+            refusal = error
+    raise refusal
+
+
+def _with_demand(
+    inputs: Inputs,
+    caps: dict[int, NodeCapacity],
+    ledger: Ledger,
+    vm: VmSpec,
+    partition: Partition | None,
+    demand: tuple[CellDemand, ...],
+    page: int,
+) -> Placement:
+    """Return the placement with this much of each node; the GPUs are known to be assignable."""
+    held = inputs.holding(vm)
+    assignable = Assignable(inputs.topology, inputs.health, ledger)
+    gpus = [inputs.topology.gpus[index].pci for index in (partition.gpus if partition else ())]
+    _check_memory(ledger, vm, caps, demand, page)
+    cells = _cells(inputs, caps, ledger, vm.name, demand, held)
     nodes = [cell.host_node for cell in cells]
     nics = ("NICs", vm.resources.nics, [nic.pci for nic in inputs.topology.nics])
     drives = ("NVMe drives", vm.resources.drives, [d.pci for d in inputs.topology.drives])
@@ -84,7 +105,8 @@ def fit(
         hugepage_kib=page,
         kept=False,
     )
-    _guard_shares(inputs, caps, ledger.take(placement), vm, placement)
+    if not (held and held.stays and _within(cells, held.cells)):
+        _guard_shares(inputs, caps, ledger.take(placement), vm, placement)
     same = held and set(held.devices) == set(placement.devices) and held.cells == cells
     return replace(placement, kept=bool(same))
 
@@ -110,6 +132,7 @@ def _check_memory(
 
 
 def _cells(
+    inputs: Inputs,
     caps: dict[int, NodeCapacity],
     ledger: Ledger,
     vm: str,
@@ -117,6 +140,13 @@ def _cells(
     held: Holding | None,
 ) -> tuple[GuestCell, ...]:
     had = {cell.host_node: cell.cores for cell in held.cells} if held else {}
+    defined = {
+        core
+        for other in inputs.holdings
+        if other.vm != vm
+        for cell in other.cells
+        for core in cell.cores
+    }
     cells = []
     for cell in demand:
         free = ledger.free_cores(caps[cell.node], vm)
@@ -124,6 +154,8 @@ def _cells(
             raise DoesNotFit(
                 f"NUMA node {cell.node} has {len(free)} cores free, {cell.cores} are needed there"
             )
+        unclaimed = [core for core in free if core not in defined]  # moves no stopped VM
+        free = unclaimed if len(unclaimed) >= cell.cores else free
         cores = _choose_cores(free, cell.cores, had.get(cell.node, ()))
         cells.append(GuestCell(cell.node, cores, cell.memory_mib))
     return tuple(cells)
@@ -147,30 +179,48 @@ def _choose_cores(free: list[Core], count: int, had: tuple[Core, ...]) -> tuple[
     return tuple(min(fitting, key=len)[:count] if fitting else free[:count])
 
 
-def _demand_without_gpus(
-    caps: dict[int, NodeCapacity], ledger: Ledger, vm: VmSpec, held: Holding | None
-) -> tuple[tuple[CellDemand, ...], int]:
-    """Find nodes for a VM without GPUs: those it has, else the tightest one, else several."""
+def _demands_without_gpus(
+    inputs: Inputs, caps: dict[int, NodeCapacity], ledger: Ledger, vm: VmSpec
+) -> list[tuple[tuple[CellDemand, ...], int]]:
+    """Find nodes for a VM without GPUs: those it has, else the tightest one, else several.
+
+    What no free GPU waits for is tried first; the rest only to be refused in words.
+    """
     page = capacity.page_kib(vm, list(caps.values()))
     wanted = capacity.whole_cores(vm, caps)
     free = {node: len(ledger.free_cores(cap, vm.name)) for node, cap in caps.items()}
+    if sum(free.values()) < wanted:
+        raise DoesNotFit(f"{sum(free.values())} cores are free, {wanted} are needed")
+    waiting = _waiting_cores(inputs, caps, ledger)
+    spare = {node: max(0, count - waiting[node]) for node, count in free.items()}
     options: list[dict[int, int]] = []
+    held = inputs.holding(vm)
     if held and sum(len(cell.cores) for cell in held.cells) == wanted:
         options.append({cell.host_node: len(cell.cores) for cell in held.cells})
-    tight = sorted(free, key=lambda node: (caps[node].gpus > 0, free[node], node))
-    options += [{node: wanted} for node in tight if free[node] >= wanted]
-    options.append(_spread_over(free, wanted))
-    reason = DoesNotFit(f"{sum(free.values())} cores are free, {wanted} are needed")
-    for cores_on in options:
-        if not set(cores_on) <= set(caps) or sum(cores_on.values()) < wanted:
-            continue
-        demand = capacity.cpu_demand(vm, cores_on, page)
-        try:
-            _check_memory(ledger, vm, caps, demand, page)
-            return demand, page
-        except DoesNotFit as error:
-            reason = error
-    raise reason
+    for room in (spare, free):
+        tight = sorted(room, key=lambda node: (caps[node].gpus > 0, room[node], node))
+        options += [{node: wanted} for node in tight if room[node] >= wanted]
+        options.append(_spread_over(room, wanted))
+    possible = [o for o in options if set(o) <= set(caps) and sum(o.values()) == wanted]
+    return [(capacity.cpu_demand(vm, cores_on, page), page) for cores_on in possible]
+
+
+def _waiting_cores(inputs: Inputs, caps: dict[int, NodeCapacity], ledger: Ledger) -> dict[int, int]:
+    """Cores of each node that are the share of GPUs no VM has yet."""
+    free = _free_gpus(inputs, ledger)
+    return {
+        node.id: node.gpu_cores * free[node.serves] // node.gpus if node.serves is not None else 0
+        for node in caps.values()
+    }
+
+
+def _free_gpus(inputs: Inputs, ledger: Ledger) -> Counter[int | None]:
+    """Usable GPUs that no VM has, by NUMA node."""
+    return Counter(
+        inputs.topology.node(gpu.pci.numa_node).id
+        for gpu in inputs.topology.gpus
+        if gpu.pci.address not in ledger.devices and inputs.health.usable(gpu.pci.address)
+    )
 
 
 def _spread_over(free: dict[int, int], wanted: int) -> dict[int, int]:
@@ -180,6 +230,17 @@ def _spread_over(free: dict[int, int], wanted: int) -> dict[int, int]:
         if take := min(free[node], wanted - sum(cores_on.values())):
             cores_on[node] = take
     return cores_on
+
+
+def _within(cells: tuple[GuestCell, ...], held: tuple[GuestCell, ...]) -> bool:
+    """Whether a VM asks for no more on any node than it holds there."""
+    had = {cell.host_node: cell for cell in held}
+    return all(
+        (old := had.get(cell.host_node)) is not None
+        and len(cell.cores) <= len(old.cores)
+        and cell.memory_mib <= old.memory_mib
+        for cell in cells
+    )
 
 
 def _guard_shares(
@@ -192,13 +253,10 @@ def _guard_shares(
     """Refuse a VM whose plain numbers would eat the share of a GPU that is still free."""
     if isinstance(vm.resources.cpus, Share) and isinstance(vm.resources.memory, Share):
         return  # shares never add up to more than the machine
-    free_gpus: Counter[int] = Counter()
-    for gpu in inputs.topology.gpus:
-        if gpu.pci.address not in after.devices and inputs.health.usable(gpu.pci.address):
-            free_gpus[inputs.topology.node(gpu.pci.numa_node).id] += 1
+    free_gpus = _free_gpus(inputs, after)
     for cell in placement.cells:
         node = caps[cell.host_node]
-        waiting = free_gpus[node.serves] if node.serves is not None else 0
+        waiting = free_gpus[node.serves]
         if not waiting:
             continue
         cores = node.gpu_cores * waiting // node.gpus
@@ -243,9 +301,15 @@ def _beside_gpus(
 ) -> tuple[PciAddress, ...]:
     """Choose NICs or drives: (what to call them, how many, all of the machine)."""
     kind, amount, devices = wanted
-    usable = [device for device in devices if inputs.health.usable(device.address)]
-    count = capacity.device_count(amount, len(usable), len(gpus), len(inputs.topology.gpus))
-    ordered = nearest(inputs.topology, gpus, usable, nodes)
+    # A share counts broken devices too: one that fails must not change what every VM gets.
+    states = {device.address: inputs.health.of(device.address).state for device in devices}
+    ours = [d for d in devices if states[d.address] is not DeviceState.UNBOUND]
+    count = capacity.device_count(amount, len(ours), len(gpus), len(inputs.topology.gpus))
+    ordered = nearest(inputs.topology, gpus, ours, nodes)
+    if isinstance(amount, Share):
+        broken = sum(not inputs.health.usable(device.address) for device in ours)
+        free = len(assignable.free(ordered, vm.name))
+        count = max(min(count, free), count - broken)
     return _pick(kind, ordered, count, assignable, vm.name, inputs.holding(vm))
 
 

@@ -8,7 +8,7 @@ from dgx_kvm_sw.decide.plan import Intent, devices_of
 from dgx_kvm_sw.model.domain import CurrentState, DomainFacts
 from dgx_kvm_sw.model.pci import CpuSet
 from dgx_kvm_sw.model.placement import GuestCell, Holding
-from dgx_kvm_sw.model.spec import HostSpec, VmSpec
+from dgx_kvm_sw.model.spec import HostSpec, PowerState, VmSpec
 from dgx_kvm_sw.model.topology import Topology
 
 
@@ -36,10 +36,12 @@ def holdings_of(
 
 
 def _has_what_it_asks(vm: VmSpec, live: DomainFacts, topology: Topology) -> bool:
-    """Whether a running VM has its number of GPUs, and those that it is pinned to. One that has
-    not is stopped by --restart, so what it holds is free for others in the same plan.
+    """Whether a running VM is to run, with its number of GPUs, and those that it is pinned to. One
+    that has not is stopped by --restart, so what it holds is free for others in the same plan.
     """
     gpus = gpu_indexes(topology, devices_of(live))
+    if vm.state is PowerState.STOPPED:
+        return False
     return len(gpus) == vm.gpus and (not vm.pin or gpus == pinned(topology, vm))
 
 

@@ -19,7 +19,8 @@ _MAX_TRIES = 500
 
 
 def place(inputs: Inputs) -> Placements:
-    """Place all VMs: what runs stays, then pins, then what is defined, then larger before smaller.
+    """Place all VMs: what runs stays; what is defined stays, unless the file pins its GPUs for
+    another VM; then pins; then larger before smaller.
 
     If the plain order leaves a VM out, other choices are searched; what still does not fit
     is refused with reasons and does not hinder the rest.
@@ -88,10 +89,19 @@ class Search:
         return [vm for _, vm in sorted(indexed, key=lambda item: (*self._tier(item[1]), item[0]))]
 
     def _tier(self, vm: VmSpec) -> tuple[int, int]:
-        held = self.inputs.holding(vm)
-        if held and self.kept_partition(vm) is not None:
-            return (0 if held.stays else 2), 0
-        return (1 if vm.pin else 3), -vm.gpus
+        held, kept = self.inputs.holding(vm), self.kept_partition(vm)
+        if held and held.stays and kept is not None:
+            return 0, 0
+        if isinstance(kept, Partition) and (vm.pin or not self._pinned_by_others(vm, kept)):
+            return 1, -vm.gpus
+        if vm.pin:
+            return 2, -vm.gpus
+        # VMs without GPUs come last: what they may use is only known then.
+        return (3 if vm.gpus else 4), -vm.gpus
+
+    def _pinned_by_others(self, vm: VmSpec, partition: Partition) -> bool:
+        others = (pinned(self.inputs.topology, v) for v in self.inputs.spec.vms if v != vm)
+        return any(set(gpus) & set(partition.gpus) for gpus in others)
 
     def kept_partition(self, vm: VmSpec) -> Partition | tuple[()] | None:
         """The partition the VM holds if it still is what the file asks; () without GPUs."""
@@ -110,17 +120,29 @@ class Search:
     def run(self, order: list[VmSpec]) -> list[Placement]:
         """Place in order; when that leaves someone out, look for a choice that does not."""
         greedy = self._greedy(order)
-        asked = sum(vm.gpus for vm in order)
-        if len(greedy) == len(order) or asked > len(self.inputs.topology.gpus):
+        names = {placement.vm for placement in greedy}
+        # A VM that would not fit even alone says nothing about the others.
+        able = [vm for vm in order if vm.name in names or self.best(vm, self.start)]
+        asked = sum(vm.gpus for vm in able)
+        addresses = [gpu.pci.address for gpu in self.inputs.topology.gpus]
+        usable = sum(a in self.start.devices or self.inputs.health.usable(a) for a in addresses)
+        if len(greedy) == len(able) or asked > usable:
             return greedy
-        return self._exact(order, self.start) or greedy
+        return self._exact(able, self.start) or greedy
 
     def _greedy(self, order: list[VmSpec]) -> list[Placement]:
-        ledger, placed = self.start, []
-        for vm in order:
-            if placement := self.best(vm, ledger):
-                placed.append(placement)
-                ledger = ledger.take(placement)
+        ledger, placed, waiting = self.start, [], order
+        while waiting:
+            left_out = []
+            for vm in waiting:
+                if placement := self.best(vm, ledger):
+                    placed.append(placement)
+                    ledger = ledger.take(placement)
+                else:
+                    left_out.append(vm)
+            if len(left_out) == len(waiting):
+                break
+            waiting = left_out  # a GPU's share that was kept free for others may be left over now
         return placed
 
     def _exact(self, order: list[VmSpec], ledger: Ledger) -> list[Placement] | None:
@@ -281,9 +303,11 @@ def gpu_indexes(topology: Topology, devices: tuple[PciAddress, ...]) -> tuple[in
 
 def pinned(topology: Topology, vm: VmSpec) -> tuple[int, ...]:
     """Return the indexes that a pin names; one that no GPU has is left out."""
-    by_name = {str(gpu.index): gpu.index for gpu in topology.gpus}
-    by_name |= {str(gpu.pci.address): gpu.index for gpu in topology.gpus}
-    return tuple(sorted(by_name[name] for name in vm.pin if name in by_name))
+    by_address = {gpu.pci.address: gpu.index for gpu in topology.gpus}
+    named = (
+        int(name) if name.isdecimal() else by_address.get(PciAddress.parse(name)) for name in vm.pin
+    )
+    return tuple(sorted(index for index in named if index in by_address.values()))
 
 
 def _indexes(partition: Partition) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dgx_kvm_sw.decide.changes import LIVE_FIELDS, differences, same
+from dgx_kvm_sw.decide.domain import volume_prefix
 from dgx_kvm_sw.model.actions import (
     Action,
     Change,
@@ -149,7 +150,8 @@ def _running_step(
     define = (DefineDomain(name, want.facts, live=False),) if redefine else ()
     if not _runs(want):
         changes = [Change("state", "running", "stopped", Effect.NEEDS_RESTART)]
-        changes += [_change(d, Effect.LIVE) for d in live]
+        felt = Effect.LIVE if intent.restart else Effect.NEXT_RESTART
+        changes += [_change(d, felt) for d in live]
         stop = stop_actions(held.live) if intent.restart else ()
         row = _row(name, Verb.CHANGE, changes, () if intent.restart else (RESTART,))
         return _Step(row, (*volumes, *stop, *define))
@@ -175,12 +177,14 @@ def _orphan_step(domain: DomainStatus, current: CurrentState, intent: Intent) ->
     missing = (PRUNE,) if not intent.prune else ()
     if domain.running and not intent.restart:
         missing += (RESTART,)
-    disks = tuple(
-        disk.path
-        for disk in domain.facts.disks
-        if disk.path in {volume.path for volume in current.volumes}
+    attached = {disk.path for disk in domain.facts.disks}
+    disks = tuple(  # its own: a site's template may attach what others use too
+        volume.path
+        for volume in current.volumes
+        if volume.path in attached and volume.name.startswith(volume_prefix(domain.name))
     )
-    effect = Effect.NEEDS_PRUNE if missing else Effect.LIVE
+    effects = {PRUNE: Effect.NEEDS_PRUNE, RESTART: Effect.NEEDS_RESTART}
+    effect = effects[missing[0]] if missing else Effect.LIVE
     changes = [Change("declared", "was", "no longer in the file", effect)]
     if intent.delete_disks and disks:
         changes.append(Change("disks", ", ".join(disks), "deleted", Effect.DESTROYS_DATA))

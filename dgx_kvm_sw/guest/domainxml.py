@@ -91,7 +91,10 @@ def _broken(template: str, xml: str, error: Exception) -> Problem:
 def parse(xml: str) -> DomainFacts:
     """Read what we compare from a domain's XML, ours or not."""
     domain = ElementTree.fromstring(xml)
-    vcpus = int(_text(domain, "vcpu", "1"))
+    owner = _owner(domain)
+    # What the guest gets; `virsh setvcpus` and `setmem` may leave that below the maximum.
+    vcpu = domain.find("vcpu")
+    vcpus = int((vcpu.get("current") or vcpu.text or "1") if vcpu is not None else "1")
     cells = _cells(domain)
     backing = domain.find("memoryBacking/hugepages")
     page = backing.find("page") if backing is not None else None
@@ -100,8 +103,8 @@ def parse(xml: str) -> DomainFacts:
     return DomainFacts(
         name=_text(domain, "name"),
         uuid=_text(domain, "uuid"),
-        owner=_owner(domain),
-        memory_mib=_kib(domain.find("memory")) // 1024,
+        owner=owner,
+        memory_mib=_memory_kib(domain, whole=owner is None) // 1024,
         threads_per_core=int(threads.get("threads", "1")) if threads is not None else 1,
         cells=cells,
         vcpu_pins=_vcpu_pins(domain, vcpus),
@@ -128,6 +131,12 @@ def _kib(element: Element | None) -> int:
     if element is None or not element.text:
         return 0
     return _to_kib(int(element.text), element.get("unit", "KiB"))
+
+
+def _memory_kib(domain: Element, *, whole: bool) -> int:
+    """What the guest may use now, or with `whole` all that it may ever take."""
+    memory = _kib(domain.find("memory"))
+    return memory if whole else _kib(domain.find("currentMemory")) or memory
 
 
 def _to_kib(number: int, unit: str) -> int:

@@ -6,9 +6,9 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from html import escape  # of xml.sax.saxutils it costs 20 ms: that imports an HTTP client
 from typing import Any
 from xml.etree import ElementTree
-from xml.sax.saxutils import escape
 
 import libvirt
 
@@ -18,6 +18,7 @@ from dgx_kvm_sw.model.pci import CpuSet
 
 POOL = "dgx-kvm"
 _POLL_SECONDS = 0.2
+_REFRESH_TRIES = 50
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,12 @@ class Hypervisor:
         pool = self._pool()
         if pool is None or not pool.isActive():
             return ()
+        found = []
         with _explained(f"list the volumes of the pool {POOL}"):
-            found = [_volume(volume) for volume in pool.listAllVolumes()]
+            for volume in pool.listAllVolumes():
+                # libvirt lists one whose file it is still making, or that somebody has removed.
+                with _ignored(libvirt.VIR_ERR_NO_STORAGE_VOL):
+                    found.append(_volume(volume))
         return tuple(sorted(found, key=lambda volume: volume.name))
 
     def ensure_pool(self, path: str) -> None:
@@ -167,11 +172,19 @@ class Hypervisor:
             )
         with _explained(f"create the disk {volume.name}"):
             pool = self._connection.storagePoolLookupByName(POOL)
-            pool.createXML(
+            xml = (
                 f"<volume><name>{escape(volume.name)}</name>"
                 f"<capacity unit='MiB'>{volume.capacity_mib}</capacity><allocation>0</allocation>"
                 f"<target><format type='{volume.format}'/></target>{backing}</volume>"
             )
+            with _ignored(libvirt.VIR_ERR_STORAGE_VOL_EXIST):
+                pool.createXML(xml)
+                return
+            # An apply that was killed had it made just now, or its file is gone and libvirt
+            # does not know yet.
+            _refresh(pool)
+            if volume.name not in pool.listVolumes():
+                pool.createXML(xml)
 
     def delete_volume(self, path: str) -> None:
         with _explained(f"delete the disk {path}"):
@@ -206,6 +219,16 @@ def _volume(volume: Any) -> Volume:
     )
 
 
+def _refresh(pool: Any) -> None:
+    """Let libvirt look at the pool's folder; it refuses while it makes a volume there."""
+    for _ in range(_REFRESH_TRIES):
+        with _ignored(libvirt.VIR_ERR_INTERNAL_ERROR):
+            pool.refresh()
+            return
+        time.sleep(_POLL_SECONDS)
+    pool.refresh()
+
+
 def _cpu_map(cpus: CpuSet) -> tuple[bool, ...]:
     return tuple(cpu in cpus.cpus for cpu in range(max(cpus, default=0) + 1))
 
@@ -213,6 +236,15 @@ def _cpu_map(cpus: CpuSet) -> tuple[bool, ...]:
 def _reason(error: libvirt.libvirtError) -> str:
     """libvirt's own words, on one line, without the driver's name before them."""
     return " ".join((error.get_error_message() or str(error)).split())
+
+
+@contextlib.contextmanager
+def _ignored(code: int) -> Iterator[None]:
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != code:
+            raise
 
 
 @contextlib.contextmanager

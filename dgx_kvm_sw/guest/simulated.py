@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from xml.etree import ElementTree
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.guest.hypervisor import Hypervisor
@@ -28,15 +29,19 @@ class SimulatedHypervisor(Hypervisor):
         self._load()
 
     def _load(self) -> None:
-        for name in self._root.names(_DOMAINS):
+        for name in self._saved(_DOMAINS):
             saved = json.loads(self._root.read(f"{_DOMAINS}/{name}"))
             if saved["live"]:
                 self._connection.defineXML(saved["live"]).create()
             self._connection.defineXML(saved["inactive"])
         if pool := self._root.read(_POOL, ""):
             super().ensure_pool(pool)
-        for name in self._root.names(_VOLUMES):
+        for name in self._saved(_VOLUMES):
             super().create_volume(Volume(**json.loads(self._root.read(f"{_VOLUMES}/{name}"))))
+
+    def _saved(self, folder: str) -> list[str]:
+        """Names of files that were written whole; a killed command may have left others."""
+        return [name for name in self._root.names(folder) if not name.startswith(".")]
 
     def _save(self, name: str) -> None:
         found = self.domain(name)
@@ -48,7 +53,27 @@ class SimulatedHypervisor(Hypervisor):
         self._save(name)
 
     def update_live(self, facts: DomainFacts, metadata: tuple[str, str, str]) -> None:
-        super().update_live(facts, metadata)
+        # The test driver takes its host for one of 8 CPUs when a pin comes as bits, and drops
+        # the others. So the same is done to the XML of the running domain.
+        found = self.domain(facts.name)
+        live = ElementTree.fromstring(found.live or found.inactive)
+        pins = ElementTree.Element("cputune")
+        for vcpu, cpus in enumerate(facts.vcpu_pins):
+            ElementTree.SubElement(pins, "vcpupin", vcpu=str(vcpu), cpuset=str(cpus))
+        ElementTree.SubElement(pins, "emulatorpin", cpuset=str(facts.emulator_pin))
+        pins.extend(live.iterfind("cputune/iothreadpin"))
+        element, _, namespace = metadata
+        ours = ElementTree.Element("metadata")
+        ours.append(ElementTree.fromstring(element))
+        ours[0].tag = f"{{{namespace}}}{ours[0].tag}"
+        for fresh in (pins, ours):
+            for old in live.findall(fresh.tag):
+                live.remove(old)
+            live.append(fresh)
+        domain = self._connection.lookupByUUIDString(facts.uuid)
+        domain.destroy()
+        self._connection.defineXML(ElementTree.tostring(live, encoding="unicode")).create()
+        self._connection.defineXML(found.inactive)
         self._save(facts.name)
 
     def start(self, name: str, uuid: str) -> None:

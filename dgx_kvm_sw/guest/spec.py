@@ -6,7 +6,7 @@ import math
 import os.path
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ _VM_DEFAULTS: dict[str, Any] = {
     "state": "running",
 }
 
+_SCHEMAS = ("vms", "size")
 _SIZE = re.compile(r"([0-9.]+) ?([KMGT])iB")
 _KIB = {"K": 1, "M": 1 << 10, "G": 1 << 20, "T": 1 << 30}
 
@@ -73,7 +74,7 @@ def load(
     takes, need not be repeated for the same texts.
     """
     read = _read_all(root, spec_file)
-    schemas = {name: schema_text(name) for name in ("vms", "size")}
+    schemas = {name: schema_text(name) for name in _SCHEMAS}
     found = digest(schemas, [(each.file, each.source.text) for each in read.everything])
     problems = [*_unreadable(read)]
     if found != validated:
@@ -86,6 +87,26 @@ def load(
         problems.sort(key=lambda problem: (order[problem.file], problem.line, problem.column))
         raise BadFileError(tuple(dict.fromkeys(problems)))
     return _host_spec(read, found)
+
+
+def sample_vm(root: Root, spec_file: str, gpus: int) -> VmSpec:
+    """Return a VM that says nothing but its size, as `defaults` and the size's template make it.
+
+    Raises BadFileError when they are wrong: nothing has looked at the template of a size that
+    no VM has.
+    """
+    main = _document(root.path(spec_file), spec_file)
+    defaults = {key: value for key, value in main.mapping("defaults").items() if key != "tenant"}
+    vm = {"name": f"{gpus}-gpu", "gpus": gpus}
+    file = replace(main, value={"version": 1, "defaults": defaults, "vms": [vm]})
+    read = _Read((file,), {gpus: _size_template(root, gpus)})
+    problems = [*_unreadable(read), *mistakes(read.files, read.sizes, None)]
+    if not problems:
+        try:
+            return _host_spec(read, "").vms[0]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            problems += _violations(read, {name: schema_text(name) for name in _SCHEMAS})
+    raise BadFileError(tuple(problems))
 
 
 def _read_all(root: Root, spec_file: str) -> _Read:

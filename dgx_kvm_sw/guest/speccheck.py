@@ -91,10 +91,15 @@ def mistakes(
     vms, tenants = vm_entries(documents), tenant_entries(documents)
     yield from _misplaced_keys(documents[1:], documents[0].file)
     yield from _repeated_names(vms, tenants)
-    yield from _unknown_references(documents[0], vms, "tenant", {t.name for t in tenants})
+    # `defaults` is checked where it stands, not once for every VM that takes from it.
+    sections: list[tuple[Document, Path]] = [
+        (documents[0], ("defaults",)),
+        *((vm.document, vm.path) for vm in vms),
+    ]
+    yield from _unknown_references(sections, "tenant", {tenant.name for tenant in tenants})
     if images is not None:
-        yield from _unknown_references(documents[0], vms, "image", images)
-    yield from _repeated_disks(vms)
+        yield from _unknown_references(sections, "image", images)
+    yield from _repeated_disks(sections)
     yield from _bad_pins(vms)
     yield from _exceeded_quotas(vms, tenants)
     yield from _shares_of_nothing(vms, sizes)
@@ -124,30 +129,28 @@ def _repeated_names(vms: Sequence[VmEntry], tenants: Sequence[TenantEntry]) -> I
 
 
 def _unknown_references(
-    main: Document, vms: Sequence[VmEntry], key: str, known: Collection[str]
+    sections: Sequence[tuple[Document, Path]], key: str, known: Collection[str]
 ) -> Iterator[Problem]:
     """Yield a problem for every `key` (tenant, image) whose value is not among the known."""
-    written: list[tuple[Document, Path]] = [(main, ("defaults", key))]
-    written += [(vm.document, (*vm.path, key)) for vm in vms]
-    for document, path in written:
-        value = document.get(*path)
+    some = ", ".join(sorted(known)[:8])
+    for document, path in sections:
+        value = document.get(*path, key)
         if isinstance(value, str) and value not in known:
-            some = (
-                f"known {key}s: {', '.join(sorted(known)[:8])}" if known else f"no {key} is known"
-            )
-            hint = did_you_mean(value, known) or some
-            yield document.problem(path, f"there is no {key} {shown(value)}", hint)
+            other = f"known {key}s: {some}" if some else f"no {key} is known"
+            hint = did_you_mean(value, known) or other
+            yield document.problem((*path, key), f"there is no {key} {shown(value)}", hint)
 
 
-def _repeated_disks(vms: Sequence[VmEntry]) -> Iterator[Problem]:
-    for vm in vms:
+def _repeated_disks(sections: Sequence[tuple[Document, Path]]) -> Iterator[Problem]:
+    for document, path in sections:
         seen: set[str] = set()
-        for index, disk in enumerate(vm.document.sequence(*vm.path, "disks")):
-            name = disk.get("name") if isinstance(disk, dict) else None
-            if isinstance(name, str) and name in seen:
-                path = (*vm.path, "disks", index, "name")
-                yield vm.document.problem(path, f"this VM already has a disk {shown(name)}")
-            seen.add(str(name))
+        for index in range(len(document.sequence(*path, "disks"))):
+            place = (*path, "disks", index, "name")
+            name = document.get(*place)
+            if isinstance(name, str):
+                if name in seen:
+                    yield document.problem(place, f"there is already a disk {shown(name)} here")
+                seen.add(name)
 
 
 def _bad_pins(vms: Sequence[VmEntry]) -> Iterator[Problem]:

@@ -23,7 +23,7 @@ Amount = Share | int
 
 
 class Hugepages(StrEnum):
-    AUTO = "auto"  # the largest page size that the VM's NUMA nodes have pools for
+    AUTO = "auto"  # the size that most memory of its NUMA nodes comes in, if they agree
     GIB1 = "1GiB"
     MIB2 = "2MiB"
     NONE = "none"

@@ -6,15 +6,25 @@ cores that are not there, and a site template pins every guest CPU to a CPU that
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from integration.private_libvirtd import BRIDGE, Libvirtd
 
 from dgx_kvm_sw.access.files import Root
+from dgx_kvm_sw.decide.plan import Intent
+from dgx_kvm_sw.execute import Outcome, Power, execute, locked_site
+from dgx_kvm_sw.model.actions import Plan
+from dgx_kvm_sw.reconcile import SPEC_FILE, Site, gather
 
 CORES = 24  # of two threads each
 TEMPLATE = "test.xml.j2"
 
-# Everything about the domain is as shipped but for what the test machine cannot do: no KVM, no
-# vhost. Sibling threads n and n+1 become the real CPUs 0 and 1.
+# Pulls the plug at once: guests without an OS hear no ACPI.
+PULL_THE_PLUG = Power(timeout=0, force=True)
+
+# A domain as shipped, but for what the test machine cannot do: no KVM, no vhost. Sibling threads
+# become the real CPUs 0 and 1, and all helper threads CPU 0, which shows that they are pinned.
 _TEMPLATE = """\
 {#- template_api: 1 -#}
 {% extends "dist/domain.xml.j2" %}
@@ -27,14 +37,14 @@ _TEMPLATE = """\
 {%- for pin in domain.vcpu_pins %}
     <vcpupin vcpu="{{ loop.index0 }}" cpuset="{{ (pin | first) % 2 }}"/>
 {%- endfor %}
-    <emulatorpin cpuset="{{ (domain.emulator_pin | first) % 2 }}"/>
+    <emulatorpin cpuset="0"/>
 {%- for pin in domain.iothread_pins %}
-    <iothreadpin iothread="{{ loop.index }}" cpuset="{{ (pin | first) % 2 }}"/>
+    <iothreadpin iothread="{{ loop.index }}" cpuset="0"/>
 {%- endfor %}
 {%- endblock %}
 """
 
-HOST_AND_DEFAULTS = f"""\
+_HOST_AND_DEFAULTS = f"""\
 version: 1
 host:
   reserve: {{cpus: 2, memory: 1GiB}}
@@ -42,25 +52,75 @@ defaults:
   template: {TEMPLATE}
   memory: 256MiB
   os_disk: 1GiB
+  networks: [{{bridge: {BRIDGE}}}]
+vms:
 """
 
 
-def claim(directory: Path) -> Root:
-    """Lay out the host below `directory`: one NUMA node, no PCI devices."""
-    root = Root(directory)
+def claim(root: Root) -> None:
+    """Lay out the host below `root`: one NUMA node, no PCI devices."""
     cpus = range(2 * CORES)
     memory_kib = 64 << 20
-    root.write("/etc/machine-id", "0123456789abcdef0123456789abcdef\n")
-    root.write("/etc/dgx-kvm/templates/" + TEMPLATE, _TEMPLATE)
-    root.write("/proc/cmdline", "dgx_kvm.mode=kvm\n")
-    root.write("/proc/meminfo", f"MemTotal: {memory_kib} kB\n")
-    root.write("/proc/cpuinfo", "".join(f"processor\t: {n}\nmodel name\t: test\n\n" for n in cpus))
-    root.write("/sys/devices/system/cpu/online", f"0-{cpus[-1]}\n")
+    files = {
+        "/etc/machine-id": "0123456789abcdef0123456789abcdef",
+        f"/etc/dgx-kvm/templates/{TEMPLATE}": _TEMPLATE,
+        "/proc/cmdline": "dgx_kvm.mode=kvm",
+        "/sys/devices/system/node/node0/cpulist": f"0-{cpus[-1]}",
+        "/sys/devices/system/node/node0/distance": "10",
+        "/sys/devices/system/node/node0/meminfo": f"Node 0 MemTotal: {memory_kib} kB",
+    }
     for cpu in cpus:
-        siblings = f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
-        root.write(siblings, f"{cpu - cpu % 2},{cpu - cpu % 2 + 1}\n")
-    node = "/sys/devices/system/node/node0"
-    root.write(f"{node}/cpulist", f"0-{cpus[-1]}\n")
-    root.write(f"{node}/distance", "10\n")
-    root.write(f"{node}/meminfo", f"Node 0 MemTotal: {memory_kib} kB\n")
-    return root
+        folder = f"/sys/devices/system/cpu/cpu{cpu}/topology"
+        files[f"{folder}/thread_siblings_list"] = f"{cpu & ~1},{cpu | 1}"
+    for path, text in files.items():
+        root.write(path, f"{text}\n", sync=False)
+
+
+@dataclass(frozen=True)
+class ClaimedHost:
+    """What an operator does on it: edit the file, look, apply."""
+
+    libvirtd: Libvirtd
+
+    @property
+    def site(self) -> Site:
+        return Site(self.libvirtd.root, uri=self.libvirtd.uri)
+
+    def declare(self, vms: Iterable[str]) -> None:
+        """Write vms.yaml; each of `vms` is the inside of a mapping: "name: a, gpus: 0"."""
+        lines = "".join(f"- {{gpus: 0, {vm}}}\n" for vm in vms)
+        self.site.root.write(SPEC_FILE, _HOST_AND_DEFAULTS + lines)
+
+    @staticmethod
+    def intent(*flags: str) -> Intent:
+        known = {"--restart": "restart", "--prune": "prune", "--delete-disks": "delete_disks"}
+        return Intent(**{known[flag]: True for flag in flags})
+
+    def plan(self, *flags: str) -> Plan:
+        intent = self.intent(*flags)
+        with self.site.hypervisor() as hypervisor:
+            return gather(self.site, hypervisor, intent).plan(intent)
+
+    def apply(self, *flags: str) -> Outcome:
+        """Do what `dgx-kvm apply FLAGS` does; the test fails when an action does."""
+        intent = self.intent(*flags)
+        with locked_site(self.site, "apply"), self.site.hypervisor() as hypervisor:
+            found = gather(self.site, hypervisor, intent)
+            plan = found.plan(intent)
+            assert not plan.unplaceable, plan.unplaceable
+            outcome = execute(
+                self.site,
+                hypervisor,
+                found.platform,
+                plan.actions,
+                found.definitions,
+                power=PULL_THE_PLUG,
+            )
+        assert not outcome.failures, [error.message for _, error in outcome.failures]
+        return outcome
+
+    def reach(self, *vms: str) -> None:
+        """Declare exactly these VMs and make it so, whatever an earlier test has left."""
+        self.declare(vms)
+        self.apply("--restart", "--prune", "--delete-disks")
+        assert not self.plan().actions

@@ -7,6 +7,7 @@ a test's root, so that what the tool writes below that root is where libvirtd lo
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from dgx_kvm_sw.access.files import Root
 
 BRIDGE = "br-test"
 PROGRAMS = ("libvirtd", "virtlogd", "virsh", "qemu-system-x86_64", "qemu-img", "unshare", "ip")
+
+HOOK = Path(__file__).parents[2] / "debian/host/qemu-hook"
 
 _SBIN = "/usr/sbin:/usr/bin:/sbin:/bin"
 _FOLDERS = (
@@ -51,6 +54,7 @@ mount --bind "$1/etc/libvirt" /etc/libvirt
 mount -t overlay -o "lowerdir=$1/usr/bin:/usr/bin" overlay /usr/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
+mount -t tmpfs tmpfs /dev/shm
 ip link set lo up
 ip link add {BRIDGE} type bridge
 ip link set {BRIDGE} up
@@ -105,14 +109,22 @@ class Libvirtd:
         return (process / "ns/pid").readlink() == Path(f"/proc/{self.pid}/ns/pid").readlink()
 
 
-def missing() -> str:
-    """Say what this machine lacks to run one; "" when it has all."""
+def missing(directory: Path) -> str:
+    """Say what this machine lacks to run one below `directory`; "" when it has all."""
+    if os.geteuid() != 0:
+        return "needs root"
     lacking = [program for program in PROGRAMS if not shutil.which(program, path=_SBIN)]
     if lacking:
-        return f"{', '.join(lacking)} not installed"
-    probe = ("unshare", "--mount", "--net", "--pid", "--fork", "mount", "-t", "proc", "proc", "/proc")
+        return f"needs {', '.join(lacking)}"
+    probe = ("unshare", "--mount", "--net", "--pid", "--fork", "mount", "-t", "proc", "no", "/proc")
     done = subprocess.run(probe, capture_output=True, text=True, check=False)
-    return f"not allowed to make namespaces: {done.stderr.strip()}" if done.returncode else ""
+    if done.returncode:
+        return f"needs to make namespaces: {done.stderr.strip()}"
+    try:  # disks have cache=none
+        os.close(os.open(directory / "probe", os.O_CREAT | os.O_RDWR | os.O_DIRECT))
+    except OSError:
+        return f"needs O_DIRECT, which {directory} does not know: choose another --basetemp"
+    return ""
 
 
 @contextlib.contextmanager
@@ -121,7 +133,10 @@ def private_libvirtd(directory: Path) -> Iterator[Libvirtd]:
     root = Root(directory)
     for folder in _FOLDERS:
         root.path(folder).mkdir(parents=True, exist_ok=True)
+    root.path("/var/run").symlink_to("/run")
     root.write("/etc/libvirt/qemu.conf", _QEMU_CONF)
+    root.write("/etc/libvirt/hooks/qemu.d/dgx-kvm", HOOK.read_text(), 0o755)
+    root.write("/usr/bin/dgx-kvm", "#!/bin/sh\n", 0o755)  # the hook looks whether it is there
     root.write("/etc/libvirt/libvirtd.conf", _LIBVIRTD_CONF)
     namespaces = ("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child")
     process = subprocess.Popen(

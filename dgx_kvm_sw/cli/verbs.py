@@ -1,0 +1,369 @@
+"""The verbs: what each is for, its options, its examples, and where its function is.
+
+`dgx-kvm --help` needs this module only, so it imports next to nothing.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import ArgumentParser as Parser
+    from collections.abc import Callable
+
+PLATFORMS = ("dgx2", "dgx-a100", "dgx-h100", "dgx-h200", "dgx-b200")
+EVERYWHERE = (
+    (("-f", "--file"), "FILE", "another file than /etc/dgx-kvm/vms.yaml"),
+    (("--simulate",), "PLATFORM", f"work on a simulated machine: {', '.join(PLATFORMS)}"),
+    (("--state",), "DIR", "where it lives; default ~/.local/state/dgx-kvm/PLATFORM"),
+    (("--root",), "DIR", "take all files from another root than /"),
+    (("--connect",), "URI", "another libvirt than qemu:///system"),
+    (("--json",), "", "print JSON, for programs; verbs that only look have it"),
+    (("-q", "--quiet"), "", "print only what went wrong"),
+    (("--debug",), "", "show where an unexpected error comes from"),
+    (("--no-color",), "", "print without colours, as NO_COLOR=1 does"),
+)
+_SIZES = ("0", "1", "2", "4", "8", "16")
+
+
+class Verb:
+    """`run` is the function of the verb's name in dgx_kvm_sw.cli.`module`."""
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        title: str,
+        about: str,
+        examples: tuple[str, ...],
+        add_options: Callable[[Parser], None],
+        *,
+        reads: bool,
+    ) -> None:
+        self.name = name
+        self.module = module
+        self.title = title
+        self.about = about
+        self.examples = examples
+        self.add_options = add_options
+        self.reads = reads  # changes nothing; has --json
+
+
+def add_everywhere(parser: Parser, *, reads: bool) -> None:
+    """Add the options that stand before or after the verb."""
+    from argparse import SUPPRESS  # no default, which would undo what stands before the verb
+
+    group = parser.add_argument_group("options of every verb")
+    for names, metavar, text in EVERYWHERE:
+        if names == ("--json",) and not reads:
+            continue
+        if metavar:
+            choices = PLATFORMS if metavar == "PLATFORM" else None
+            group.add_argument(
+                *names, metavar=metavar, help=text, choices=choices, default=SUPPRESS
+            )
+        else:
+            group.add_argument(*names, action="store_true", help=text, default=SUPPRESS)
+
+
+# -- kinds of arguments -------------------------------------------------------------------------
+
+
+def _vm_name(text: str) -> str:
+    import re
+
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):
+        raise _refused(text, "a VM name: small letters, digits and hyphens, at most 63")
+    return text
+
+
+def _seconds(text: str) -> float:
+    if not (text.replace(".", "", 1).isdecimal() and text.isascii() and len(text) < 10):
+        raise _refused(text, "a number of seconds")
+    return float(text)
+
+
+def _gpus(text: str) -> int:
+    if text not in _SIZES:
+        raise _refused(text, f"a number of GPUs: {', '.join(_SIZES)}")
+    return int(text)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    left, equals, right = text.partition("=")
+    if not (left and equals and right):
+        raise _refused(text, "of the form LEFT=RIGHT")
+    return left, right
+
+
+def _refused(text: str, wanted: str) -> Exception:
+    from argparse import ArgumentTypeError
+
+    return ArgumentTypeError(f"{text[:70]!r} is not {wanted}")
+
+
+# -- options of each verb -----------------------------------------------------------------------
+
+
+def _validate(parser: Parser) -> None:
+    parser.add_argument("spec", metavar="FILE", nargs="?", help="the file to check, instead of -f")
+
+
+def _intent(parser: Parser) -> None:
+    parser.add_argument(
+        "--restart", action="store_true", help="stop or restart running VMs where that is declared"
+    )
+    parser.add_argument(
+        "--prune", action="store_true", help="delete VMs that are no longer in the file"
+    )
+    parser.add_argument(
+        "--delete-disks", action="store_true", help="with --prune: delete their disks too"
+    )
+
+
+def _plan(parser: Parser) -> None:
+    _intent(parser)
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="save the plan, for `dgx-kvm apply FILE`"
+    )
+
+
+def _diff(parser: Parser) -> None:
+    parser.add_argument("--xml", action="store_true", help="compare libvirt's XML instead")
+
+
+def _apply(parser: Parser) -> None:
+    parser.add_argument(
+        "plan",
+        metavar="FILE",
+        nargs="?",
+        help="a plan saved by `dgx-kvm plan -o`: do exactly that, or nothing if anything has"
+        " changed since",
+    )
+    _intent(parser)
+    _power(parser)
+    _wait(parser)
+
+
+def _power(parser: Parser) -> None:
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=120.0,
+        help="how long a guest may take to shut down (default: 120)",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="pull the plug of a guest that is still up after the timeout",
+    )
+
+
+def _wait(parser: Parser) -> None:
+    parser.add_argument(
+        "--wait",
+        metavar="SECONDS",
+        type=_seconds,
+        default=0.0,
+        help="how long to wait for another dgx-kvm to end (default: 0)",
+    )
+
+
+def _status(parser: Parser) -> None:
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 2 when the machine is not as declared"
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help="draw it again every two seconds until Ctrl-C"
+    )
+
+
+def _create(parser: Parser) -> None:
+    def add(name: str, metavar: str, text: str) -> None:
+        parser.add_argument(name, metavar=metavar, help=text)
+
+    def add_each(name: str, metavar: str, text: str, dest: str) -> None:
+        parser.add_argument(
+            name, metavar=metavar, type=_pair, action="append", default=[], help=text, dest=dest
+        )
+
+    parser.add_argument("name", metavar="NAME", type=_vm_name, help="its name")
+    parser.add_argument(
+        "--gpus", metavar="N", type=_gpus, required=True, help="how many GPUs: 0, 1, 2, 4, 8, 16"
+    )
+    add("--vcpus", "N", "CPU threads, instead of what its size brings")
+    add("--memory", "SIZE", "memory, like 160GiB, instead of what its size brings")
+    add("--image", "IMAGE", "the guest image of its OS disk; without it the disk is empty")
+    add("--tenant", "TENANT", "the tenant it belongs to")
+    add_each("--disk", "NAME=SIZE", "a data disk, like data=500GiB; may be repeated", "disks")
+    add_each("--network", "KIND=NAME", "a network, like bridge=br0; may be repeated", "networks")
+    add("--pin", "GPUS", "these very GPUs: indexes like 8,9, or PCI addresses")
+    parser.add_argument("--stopped", action="store_true", help="do not start it")
+    _wait(parser)
+
+
+def _delete(parser: Parser) -> None:
+    parser.add_argument("name", metavar="NAME", type=_vm_name, help="the VM")
+    parser.add_argument("--stop", action="store_true", help="shut it down first if it runs")
+    parser.add_argument("--delete-disks", action="store_true", help="delete its disks too")
+    _power(parser)
+    _wait(parser)
+
+
+def _names(parser: Parser) -> None:
+    parser.add_argument("names", metavar="NAME", nargs="+", type=_vm_name, help="the VMs")
+
+
+def _start(parser: Parser) -> None:
+    _names(parser)
+    _wait(parser)
+
+
+def _stop(parser: Parser) -> None:
+    _names(parser)
+    _power(parser)
+    _wait(parser)
+
+
+def _one_name(parser: Parser) -> None:
+    parser.add_argument("name", metavar="NAME", type=_vm_name, help="the VM")
+
+
+def _nothing(parser: Parser) -> None:
+    """For verbs without options of their own."""
+
+
+VERBS = (
+    Verb(
+        "validate",
+        "declare",
+        "check vms.yaml and name every mistake in it",
+        "Reads the file, the vms.d beside it and the templates of the sizes. Touches nothing.",
+        ("dgx-kvm validate", "dgx-kvm validate new-vms.yaml --json"),
+        _validate,
+        reads=True,
+    ),
+    Verb(
+        "plan",
+        "declare",
+        "show what apply would do, and do nothing",
+        "One line for each VM: + made, ~ changed, -/+ stopped, changed and started, - deleted.\n"
+        "The last line sums it up.",
+        ("dgx-kvm plan", "dgx-kvm plan --restart -o tonight.json"),
+        _plan,
+        reads=True,
+    ),
+    Verb(
+        "diff",
+        "declare",
+        "show where vms.yaml and libvirt differ",
+        "In the words of the file: - is what libvirt has, + is what is declared.",
+        ("dgx-kvm diff", "dgx-kvm diff --xml"),
+        _diff,
+        reads=True,
+    ),
+    Verb(
+        "apply",
+        "declare",
+        "make libvirt hold what vms.yaml declares",
+        "Without options no running VM is stopped and nothing is deleted; what would need that is\n"
+        "listed with the option it waits for.",
+        ("dgx-kvm apply", "dgx-kvm apply --restart", "dgx-kvm apply tonight.json"),
+        _apply,
+        reads=False,
+    ),
+    Verb(
+        "status",
+        "look",
+        "draw which VM holds what, what is free, what is broken",
+        "Works for every user who may read from libvirt.",
+        ("dgx-kvm status", "dgx-kvm status --watch", "dgx-kvm status --check --quiet"),
+        _status,
+        reads=True,
+    ),
+    Verb(
+        "create",
+        "dropins",
+        "declare one more VM and make it",
+        "Writes vms.d/NAME.yaml beside vms.yaml, then makes this VM and changes nothing else.\n"
+        "If it does not fit, nothing stays behind.",
+        (
+            "dgx-kvm create notebook --gpus 1",
+            "dgx-kvm create lab --gpus 2 --image debian-12 --disk data=500GiB --network bridge=br0",
+        ),
+        _create,
+        reads=False,
+    ),
+    Verb(
+        "delete",
+        "dropins",
+        "delete a VM that create has made",
+        "Its disks stay, unless --delete-disks is given.",
+        ("dgx-kvm delete notebook", "dgx-kvm delete notebook --stop --delete-disks"),
+        _delete,
+        reads=False,
+    ),
+    Verb(
+        "start",
+        "vms",
+        "make the GPUs of VMs ready and start them",
+        "They start with the definition that libvirt holds; apply brings it up to date.",
+        ("dgx-kvm start hr-train it-lab",),
+        _start,
+        reads=False,
+    ),
+    Verb(
+        "stop",
+        "vms",
+        "shut VMs down and release their GPUs",
+        "The guest is asked to shut down, and waited for.",
+        ("dgx-kvm stop hr-train", "dgx-kvm stop hr-train --timeout 30 --force"),
+        _stop,
+        reads=False,
+    ),
+    Verb(
+        "restart",
+        "vms",
+        "stop and start VMs; changes that waited for it take effect",
+        "They start with the definition that libvirt holds; apply brings it up to date.",
+        ("dgx-kvm restart hr-train",),
+        _stop,
+        reads=False,
+    ),
+    Verb(
+        "console",
+        "vms",
+        "open the serial console of a VM",
+        "Ctrl+] leaves it.",
+        ("dgx-kvm console hr-train",),
+        _one_name,
+        reads=False,
+    ),
+    Verb(
+        "explain",
+        "look",
+        "say why a VM has these GPUs, or why it does not fit",
+        "Names every set of GPUs that was looked at, with a verdict.",
+        ("dgx-kvm explain hr-train",),
+        _one_name,
+        reads=True,
+    ),
+    Verb(
+        "fits",
+        "look",
+        "say how many more VMs of each size would fit",
+        "",
+        ("dgx-kvm fits", "dgx-kvm fits --json"),
+        _nothing,
+        reads=True,
+    ),
+    Verb(
+        "topology",
+        "look",
+        "draw the machine: NUMA nodes, GPUs, NVSwitches, NICs, drives",
+        "Needs neither vms.yaml nor libvirt.",
+        ("dgx-kvm topology", "dgx-kvm --simulate dgx-h100 topology"),
+        _nothing,
+        reads=True,
+    ),
+)
