@@ -23,8 +23,9 @@ from dgx_kvm_sw.decide.plan import (
     start_actions,
     stop_actions,
 )
-from dgx_kvm_sw.guest import domainxml, images, templates
+from dgx_kvm_sw.guest import domainxml, images
 from dgx_kvm_sw.guest import spec as spec_file
+from dgx_kvm_sw.guest.templates import Templates
 from dgx_kvm_sw.host import health as host_health
 from dgx_kvm_sw.host import platforms
 from dgx_kvm_sw.model.actions import Action, Plan
@@ -184,17 +185,17 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     foreign = {domain.name for domain in current.domains if not domain.managed}
     ours = replace(spec, vms=tuple(vm for vm in spec.vms if vm.name not in foreign))
     holdings = holdings_of(current, topology, spec, intent)
-    inputs = Inputs(ours, topology, platform, health, holdings)
+    inputs = Inputs(ours, topology, platform, health, holdings, intent.restart)
     placements = _placed(inputs, current, intent)
     taken = tuple(_name_taken(vm) for vm in spec.vms if vm.name in foreign)
     placements = replace(placements, unplaceable=(*taken, *placements.unplaceable))
+    templates = Templates(site.root)
     around = Surroundings(
         machine_id=site.machine_id(),
         pool_path=POOL_PATH,
         image_paths={image.name: image.path for image in catalogue.images.values()},
         template_digests={
-            name: templates.template_digest(site.root, name)
-            for name in sorted({vm.template for vm in ours.vms})
+            name: templates.digest(name) for name in sorted({vm.template for vm in ours.vms})
         },
     )
     features = domainxml.LibvirtFeatures.of(hypervisor.version)
@@ -202,7 +203,7 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     for vm in ours.vms:
         if placement := placements.of(vm.name):
             want = _desired(vm, placement, inputs, current, around)
-            want, definition = _rendered(site.root, want, current, features)
+            want, definition = _rendered(templates, want, current, features)
             desired.append(want)
             if definition:
                 definitions[vm.name] = definition
@@ -229,9 +230,7 @@ def _placed(inputs: Inputs, current: CurrentState, intent: Intent) -> Placements
         return placements
     stopping = replace(intent, restart=True)
     holdings = holdings_of(current, inputs.topology, inputs.spec, stopping)
-    if holdings == inputs.holdings:
-        return placements
-    then = place(replace(inputs, holdings=holdings))
+    then = place(replace(inputs, holdings=holdings, restart=True))
     hint = f"{RESTART} would make room: it lets running VMs leave what they no longer ask for"
     refused = tuple(
         replace(each, remedies=(hint,)) if then.of(each.vm) else each
@@ -287,7 +286,7 @@ def _desired(
 
 
 def _rendered(
-    root: Root, want: Desired, current: CurrentState, features: domainxml.LibvirtFeatures
+    templates: Templates, want: Desired, current: CurrentState, features: domainxml.LibvirtFeatures
 ) -> tuple[Desired, DomainDef | None]:
     """Render a domain that is new or differs; what its template really says is what is desired.
 
@@ -297,7 +296,7 @@ def _rendered(
     running_as_wanted = held is None or held.live is None or same(held.live, want.facts)
     if held and same(held.facts, want.facts) and running_as_wanted:
         return want, None
-    definition = domainxml.render(root, want.facts, features)
+    definition = domainxml.render(templates, want.facts, features)
     return replace(want, facts=definition.facts), definition
 
 

@@ -290,7 +290,7 @@ def test_an_orphan_goes_only_when_every_flag_it_needs_is_given(
         ("--restart",): Effect.NEEDS_RESTART,
         (): Effect.LIVE,
     }
-    assert row.changes[0] == Change("declared", "was", "no longer in the file", expected[pending])
+    assert row.changes[0] == Change("declared", "yes", "no longer", expected[pending])
     h100.settle(intent)
     assert (h100.state().domain("a") is None) is bool(done)
     assert [volume.name for volume in h100.state().volumes] == ["a.os.qcow2"]

@@ -333,8 +333,8 @@ def test_lines_are_cut_with_an_ellipsis() -> None:
 
 
 def test_flowed_words_are_not_broken() -> None:
-    rows = flowed([("one two", ""), ("three", ""), ("four five", "")], 20, "Some ")
-    assert [row.text for row in rows] == ["Some  one two", "     three  four five"]
+    rows = flowed([("one two", ""), ("three", ""), ("four five", "")], 20, "Some")
+    assert [row.text for row in rows] == ["Some  one two  three", "      four five"]
 
 
 def test_tables_give_way_where_they_may() -> None:

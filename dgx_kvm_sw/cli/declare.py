@@ -51,11 +51,12 @@ def plan(args: Namespace) -> ExitCode:
     situation = look(args, intent)
     found = situation.plan(intent)
     if args.output:
-        plans.save(args.output, found, situation, intent)
+        plans.save(args.output, found, situation, intent, args.file)
     if args.json:
         say_json(plans.plan_json(found, situation, intent))
     elif not args.quiet:
         say(plans.plan_text(found, view_of(sys.stdout, args.no_color)))
+        say(f"To do exactly this: dgx-kvm apply {args.output}" if args.output else "")
         say(plans.summary(found, situation))
     return ExitCode.CHANGES if found.pending else ExitCode.OK
 
@@ -69,7 +70,8 @@ def apply(args: Namespace) -> int:
             "a saved plan is applied as it is: leave out --restart, --prune and --delete-disks",
         )
     intent = saved.intent if saved else intent
-    with hold(site_of(args), args, intent) as session:
+    site = site_of(args, None if args.file or not saved else saved.spec_file)
+    with hold(site, args, intent) as session:
         found = session.situation.plan(intent)
         if saved:
             saved.check(found, session.situation)

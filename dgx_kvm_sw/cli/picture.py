@@ -39,7 +39,7 @@ _CODES = {
     "foreign": "7",
 }
 # Black on these, so that a VM is one block of colour; its letter stays for those who see none.
-VM_COLOURS = (6, 3, 2, 5, 4, 7)
+VM_COLOURS = (6, 3, 2, 5, 7, 4)  # blue last: black on it is hard to read
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def flowed(words: Sequence[tuple[str, str]], width: int, first: str = "") -> lis
     for text, style in words:
         if lines[-1].width + GAP + len(text) > width and lines[-1].width > len(first):
             lines.append(line(" " * len(first)))
-        gap = " " * GAP if lines[-1].text.strip() else ""
+        gap = " " * GAP if lines[-1].width else ""
         lines[-1] = lines[-1] + gap + Span(text, style)
     return lines
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os.path
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,12 @@ def vm_lines(row: VmPlan, view: View) -> Iterator[str]:
     about = f"  {row.summary}" if row.summary else ""
     yield f"{sign} {view.paint(row.vm, 'bold')}{about}{flags}"
     for change in row.changes:
-        yield f"{'':{wide + 3}}{_change(change, view)}"
+        yield f"{'':{wide + 3}}{_change(change, view, bool(row.pending))}"
 
 
-def _change(change: Change, view: View) -> str:
-    effect = f"  ({change.effect})" if change.effect is not Effect.LIVE else ""
+def _change(change: Change, view: View, pending: bool) -> str:
+    granted = change.effect in (Effect.NEEDS_RESTART, Effect.NEEDS_PRUNE) and not pending
+    effect = "" if granted or change.effect is Effect.LIVE else f"  ({change.effect})"
     color = "red" if change.effect is Effect.DESTROYS_DATA else "dim"
     return f"{change.field}: {change.old} -> {change.new}{view.paint(effect, color)}"
 
@@ -134,27 +136,35 @@ def plan_json(plan: Plan, situation: Situation, intent: Intent) -> dict[str, Any
     }
 
 
-def save(path: str, plan: Plan, situation: Situation, intent: Intent) -> None:
+def save(
+    path: str, plan: Plan, situation: Situation, intent: Intent, spec_file: str | None
+) -> None:
     """Write a plan for `apply`; it names tenants and disks, so it is for its owner only."""
-    document = {"version": _VERSION, **plan_json(plan, situation, intent)}
-    write_atomically(Path(path), json.dumps(document, indent=1) + "\n", 0o600)
+    real = os.path.realpath(path)
+    if os.path.exists(real) and not os.path.isfile(real):
+        raise UsageError(f"{path} is not a file that a plan could replace", "name another file")
+    document = {
+        "version": _VERSION,
+        "file": os.path.abspath(spec_file) if spec_file else None,
+        **plan_json(plan, situation, intent),
+    }
+    write_atomically(Path(real), json.dumps(document, indent=1) + "\n", 0o600)
 
 
+@dataclass(frozen=True)
 class SavedPlan:
     """A plan that was saved: what it was made from, and what it would do."""
 
-    def __init__(self, path: str, document: dict[str, Any]) -> None:
-        self.path = path
-        self._document = document
-
-    @property
-    def intent(self) -> Intent:
-        return Intent(**self._document["intent"])
+    path: str
+    spec_file: str | None  # as given with -f
+    intent: Intent
+    fingerprint: str
+    actions: list[Any]
 
     def check(self, plan: Plan, situation: Situation) -> None:
         """Raise StalePlanError unless `plan`, made now, is the saved one."""
         now = plan_json(plan, situation, self.intent)
-        if any(self._document.get(key) != now[key] for key in ("fingerprint", "actions")):
+        if (self.fingerprint, self.actions) != (now["fingerprint"], now["actions"]):
             raise StalePlanError(
                 f"{self.path} is stale: the files, the machine or libvirt have changed since;"
                 " nothing was done",
@@ -171,14 +181,19 @@ def load(path: str) -> SavedPlan:
         raise explained(error, "read", Path(path)) from error
     try:
         document = json.loads(text)
-        found = SavedPlan(path, document)
-        if document["version"] != _VERSION or not found.intent:
+        if document["version"] != _VERSION:
             raise ValueError
+        return SavedPlan(
+            path,
+            document["file"],
+            Intent(**document["intent"]),
+            document["fingerprint"],
+            document["actions"],
+        )
     except (ValueError, TypeError, KeyError, RecursionError):
         hint = "make one with `dgx-kvm plan -o FILE`; another vms.yaml is named with -f"
         problem = Problem(path, 0, 0, 0, 0, "", "this is not a saved plan", hint)
         raise BadFileError((problem,)) from None
-    return found
 
 
 def intent_of(restart: bool, prune: bool, delete_disks: bool) -> Intent:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
-from dgx_kvm_sw.cli.output import complain, counted, is_terminal, listed
+from dgx_kvm_sw.cli.output import complain, counted, is_terminal, listed, view_of
 from dgx_kvm_sw.cli.session import Session
 from dgx_kvm_sw.execute import Event, Power, Stage, execute
 from dgx_kvm_sw.model.actions import (
@@ -34,7 +34,7 @@ class Report:
     """Follows the actions of one run, from any thread."""
 
     actions: tuple[Action, ...]
-    visible: bool
+    width: int  # of the line of progress; 0 = nobody watches
     done: list[Action] = field(default_factory=list)
     failures: list[tuple[Action, DgxKvmError]] = field(default_factory=list)
     skipped: list[Action] = field(default_factory=list)
@@ -58,8 +58,8 @@ class Report:
                          event.error.hint)  # fmt: skip
 
     def _show(self, text: str) -> None:
-        if self.visible:
-            print(f"{_CLEAR_LINE}{text[:78]}", end="", file=sys.stderr, flush=True)
+        if self.width:
+            print(f"{_CLEAR_LINE}{text[: self.width]}", end="", file=sys.stderr, flush=True)
 
     @property
     def left(self) -> tuple[Action, ...]:
@@ -96,7 +96,8 @@ def carry_out(
 
     After Ctrl-C the actions under way are finished and no further one begins.
     """
-    report = Report(actions, visible=not quiet and is_terminal(sys.stderr))
+    watched = not quiet and is_terminal(sys.stderr)
+    report = Report(actions, view_of(sys.stderr).width - 1 if watched else 0)
     with _listening(report), contextlib.suppress(Interrupted):
         execute(
             session.site,
@@ -107,7 +108,7 @@ def carry_out(
             report,
             power or Power(),
         )
-    if report.visible:
+    if report.width:
         print(_CLEAR_LINE, end="", file=sys.stderr, flush=True)
     return report
 
@@ -139,7 +140,11 @@ def result(report: Report, created: set[str]) -> str:
     counts = report.counts(created) or "nothing visible changed"
     if report.signal:
         names = list(dict.fromkeys(action.vm for action in report.left))
-        undone = f"left undone: {listed(names)}" if names else "nothing was left undone"
+        undone = (
+            f"left undone: {listed(names)}; the same command goes on"
+            if names
+            else "nothing was left undone"
+        )
         return f"Interrupted: {counts}; {undone}"
     if report.failures:
         names = list(dict.fromkeys(action.vm for action, _ in report.failures))

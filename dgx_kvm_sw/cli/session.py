@@ -31,7 +31,7 @@ class Session:
 
 
 def site_of(args: Namespace, spec: str | None = None) -> Site:
-    """Return the site that the options name; `spec` stands before --file."""
+    """Return the site that the options name; `spec` is used instead of --file."""
     if args.state and not args.simulate:
         raise UsageError("--state is for --simulate", "say which machine: --simulate dgx2")
     if args.simulate and (args.root or args.connect):

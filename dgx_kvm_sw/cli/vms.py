@@ -64,9 +64,12 @@ def _contradictions(
     against = [vm.name for vm in situation.spec.vms if vm.name in names and vm.state is not wanted]
     if not against or report.failures:
         return []
-    state = "running" if wanted is PowerState.STOPPED else "stopped"
-    effect = "starts" if wanted is PowerState.STOPPED else "with --restart stops"
-    return [f"{listed(against)}: the file says {state}, so the next apply {effect} it again"]
+    if wanted is PowerState.STOPPED:
+        them = "it" if len(against) == 1 else "them"
+        text = f"the file says running, so the next apply starts {them} again"
+    else:
+        text = "the file says stopped, so the next apply --restart stops what runs"
+    return [f"{listed(against)}: {text}"]
 
 
 def console(args: Namespace) -> ExitCode:

@@ -33,6 +33,8 @@ def differences(held: DomainFacts, wanted: DomainFacts, topology: Topology) -> l
         keys = [key for key in keys if key not in ("PCIe tree", "64-bit PCI window")]
     if "vcpus" in keys:
         keys = [key for key in keys if key not in ("cpu pins", "queues")]
+    if _nodes(held) == _nodes(wanted) and ("vcpus" in keys or "memory" in keys):
+        keys = [key for key in keys if key != "NUMA nodes"]
     if not keys and not same(held, wanted):
         return [("definition", "changed", "as declared")]
     found = [(key, old[key], new[key]) for key in keys]
@@ -40,6 +42,10 @@ def differences(held: DomainFacts, wanted: DomainFacts, topology: Topology) -> l
         (key, "changed", "as on the host") if key == "PCIe tree" else (key, before, after)
         for key, before, after in found
     ]
+
+
+def _nodes(facts: DomainFacts) -> list[int | None]:
+    return [cell.host_node for cell in facts.cells]
 
 
 def _comparable(facts: DomainFacts) -> DomainFacts:

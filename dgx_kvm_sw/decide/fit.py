@@ -27,6 +27,7 @@ class Inputs:
     platform: Platform
     health: HealthReport
     holdings: tuple[Holding, ...] = ()
+    restart: bool = False  # running VMs may be stopped: what they no longer need is free
 
     def holding(self, vm: VmSpec) -> Holding | None:
         """What the VM holds already. One that runs with an older definition holds twice: then
@@ -154,9 +155,10 @@ def _cells(
             raise DoesNotFit(
                 f"NUMA node {cell.node} has {len(free)} cores free, {cell.cores} are needed there"
             )
-        unclaimed = [core for core in free if core not in defined]  # moves no stopped VM
-        free = unclaimed if len(unclaimed) >= cell.cores else free
-        cores = _choose_cores(free, cell.cores, had.get(cell.node, ()))
+        own = had.get(cell.node, ())
+        unclaimed = [core for core in free if core in own or core not in defined]
+        free = unclaimed if len(unclaimed) >= cell.cores else free  # moves no stopped VM
+        cores = _choose_cores(free, cell.cores, own)
         cells.append(GuestCell(cell.node, cores, cell.memory_mib))
     return tuple(cells)
 

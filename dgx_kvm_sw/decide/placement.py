@@ -79,8 +79,14 @@ class Search:
     def ledger(self, placed: list[Placement]) -> Ledger:
         ledger = self.start
         for placement in placed:
-            ledger = ledger.take(placement)
+            ledger = self._with(placement, ledger)
         return ledger
+
+    def _with(self, placement: Placement, ledger: Ledger) -> Ledger:
+        """The ledger once a VM is placed; one that runs on also keeps what it leaves later."""
+        if self.inputs.restart:
+            ledger = ledger.without((placement.vm,))
+        return ledger.take(placement)
 
     # -- order ------------------------------------------------------------------------------
 
@@ -137,7 +143,7 @@ class Search:
             for vm in waiting:
                 if placement := self.best(vm, ledger):
                     placed.append(placement)
-                    ledger = ledger.take(placement)
+                    ledger = self._with(placement, ledger)
                 else:
                     left_out.append(vm)
             if len(left_out) == len(waiting):
@@ -157,7 +163,7 @@ class Search:
                 placement = fit(self.inputs, self.caps, ledger, order[0], partition)
             except DoesNotFit:
                 continue
-            rest = self._exact(order[1:], ledger.take(placement))
+            rest = self._exact(order[1:], self._with(placement, ledger))
             if rest is not None:
                 return [placement, *rest]
         return None

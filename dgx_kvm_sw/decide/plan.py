@@ -185,7 +185,7 @@ def _orphan_step(domain: DomainStatus, current: CurrentState, intent: Intent) ->
     )
     effects = {PRUNE: Effect.NEEDS_PRUNE, RESTART: Effect.NEEDS_RESTART}
     effect = effects[missing[0]] if missing else Effect.LIVE
-    changes = [Change("declared", "was", "no longer in the file", effect)]
+    changes = [Change("declared", "yes", "no longer", effect)]
     if intent.delete_disks and disks:
         changes.append(Change("disks", ", ".join(disks), "deleted", Effect.DESTROYS_DATA))
     row = _row(domain.name, Verb.DELETE, changes, missing)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from dgx_kvm_sw.access.files import Root
-from dgx_kvm_sw.guest.templates import render as render_template
+from dgx_kvm_sw.guest.templates import Templates
 from dgx_kvm_sw.model.domain import (
     Cell,
     DomainDef,
@@ -44,7 +43,7 @@ class LibvirtFeatures:
         return cls(version >= 8_002_000, version >= 8_007_000)
 
 
-def render(root: Root, facts: DomainFacts, libvirt: LibvirtFeatures) -> DomainDef:
+def render(templates: Templates, facts: DomainFacts, libvirt: LibvirtFeatures) -> DomainDef:
     """Print the domain by its template. The result's facts are what the XML really says:
     a site's template may add a device or override a value, and then that is what is desired.
 
@@ -52,7 +51,7 @@ def render(root: Root, facts: DomainFacts, libvirt: LibvirtFeatures) -> DomainDe
     """
     assert facts.owner is not None
     template = facts.owner.template
-    xml = render_template(root, template, domain=facts, libvirt=libvirt)
+    xml = templates.render(template, domain=facts, libvirt=libvirt)
     try:
         rendered = parse(xml)
     except (ElementTree.ParseError, ValueError, AttributeError) as error:

@@ -7,7 +7,6 @@ site template can extend it and survive upgrades.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,48 +21,62 @@ _REFERENCE = re.compile(r"""\{%-?\s*(?:extends|include|import|from)\s+["']([^"']
 _PRISTINE = "dist/"
 
 
-def template_digest(root: Root, name: str) -> str:
-    """Return a digest of a template's text and of all that it extends or includes.
+class Templates:
+    """The templates below one root, each read and compiled once."""
 
-    Found by their quoted names, without Jinja: importing it would double the time of an
-    apply that has nothing to do.
-    """
-    texts: dict[str, str] = {}
-    waiting = [name]
-    while waiting:
-        current = waiting.pop()
-        if current not in texts:
-            texts[current] = _text(root, current)
-            waiting += _REFERENCE.findall(texts[current])
-    return digest(texts)
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._texts: dict[str, str] = {}
+        self._environment: Any = None  # a jinja2.Environment, made when something is rendered
 
+    def digest(self, name: str) -> str:
+        """Return a digest of a template's text and of all that it extends or includes.
 
-def render(root: Root, name: str, **variables: Any) -> str:
-    """Render a template; raises BadFileError with the file and line of what is wrong in it."""
-    import jinja2
+        Found by their quoted names, without Jinja: importing it would double the time of an
+        apply that has nothing to do.
+        """
+        closure: dict[str, str] = {}
+        waiting = [name]
+        while waiting:
+            current = waiting.pop()
+            if current not in closure:
+                closure[current] = self._text(current)
+                waiting += _REFERENCE.findall(closure[current])
+        return digest(closure)
 
-    _check_api(root, name)
-    loader = jinja2.FunctionLoader(_source(root))
-    environment = jinja2.Environment(
-        loader=loader, undefined=jinja2.StrictUndefined, autoescape=True, cache_size=50
-    )
-    try:
-        return environment.get_template(name).render(**variables)
-    except jinja2.TemplateSyntaxError as error:
-        shown = error.name or name
-        raise _problem(root, shown, error.lineno, error.message or "is not valid") from error
-    except jinja2.TemplateNotFound as error:
-        raise _problem(root, name, 0, f"it needs {error.name}, which is not there") from error
-    except (jinja2.UndefinedError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        file, line = _where(root, name, error)
-        raise _problem(root, file, line, str(error)) from error
+    def render(self, name: str, **variables: Any) -> str:
+        """Render a template; raises BadFileError with the file and line of what is wrong in it."""
+        import jinja2
 
+        root = self._root
+        _check_api(root, name, self._text(name))
+        if self._environment is None:
+            self._environment = jinja2.Environment(
+                loader=jinja2.FunctionLoader(lambda name: (self._text(name), name, lambda: True)),
+                undefined=jinja2.StrictUndefined,
+                autoescape=True,
+            )
+        try:
+            return str(self._environment.get_template(name).render(**variables))
+        except jinja2.TemplateSyntaxError as error:
+            shown = error.name or name
+            raise _problem(root, shown, error.lineno, error.message or "is not valid") from error
+        except jinja2.TemplateNotFound as error:
+            raise _problem(root, name, 0, f"it needs {error.name}, which is not there") from error
+        except (
+            jinja2.UndefinedError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+        ) as error:
+            file, line = _where(name, error)
+            raise _problem(root, file, line, str(error)) from error
 
-def _source(root: Root) -> Callable[[str], tuple[str, str, Callable[[], bool]]]:
-    def load(name: str) -> tuple[str, str, Callable[[], bool]]:
-        return _text(root, name), name, lambda: True
-
-    return load
+    def _text(self, name: str) -> str:
+        if name not in self._texts:
+            self._texts[name] = _text(self._root, name)
+        return self._texts[name]
 
 
 def _text(root: Root, name: str) -> str:
@@ -83,8 +96,8 @@ def _path(root: Root, name: str) -> Path:
     return template_path(root, name)
 
 
-def _check_api(root: Root, name: str) -> None:
-    first = _text(root, name).split("\n", 1)[0]
+def _check_api(root: Root, name: str, text: str) -> None:
+    first = text.split("\n", 1)[0]
     match = _API_LINE.search(first)
     if not match:
         raise _problem(root, name, 1, f"its first line does not say template_api: {API}")
@@ -94,7 +107,7 @@ def _check_api(root: Root, name: str) -> None:
         )
 
 
-def _where(root: Root, name: str, error: BaseException) -> tuple[str, int]:
+def _where(name: str, error: BaseException) -> tuple[str, int]:
     """Find the innermost template line in a traceback; Jinja rewrites frames to templates."""
     file, line = name, 0
     traceback = error.__traceback__
