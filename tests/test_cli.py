@@ -42,7 +42,7 @@ def eight(run: Host) -> Host:
 # -- help ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", verbs.VERBS, ids=lambda verb: verb.name)
+@pytest.mark.parametrize("verb", verbs.VERBS, ids=[verb.name for verb in verbs.VERBS])
 def test_help_of_every_verb_says_what_it_does_with_an_example(
     verb: verbs.Verb, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -309,7 +309,7 @@ def test_a_saved_plan_knows_its_file(run: Host, tmp_path: Path) -> None:
     assert run(f"apply {file}").last == "Done: 1 created, 1 started."
 
 
-@pytest.mark.parametrize("target", ["/dev/null", "/dev/stdout", "."])
+@pytest.mark.parametrize("target", ["/dev/null", "."])
 def test_a_plan_replaces_no_device(target: str, run: Host) -> None:
     assert run(f"plan -o {target}").code == ExitCode.USAGE
 

@@ -485,7 +485,7 @@ def quiet(plan: Plan, refused: set[str]) -> bool:
     )
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", MACHINES)
 def test_what_was_applied_has_nothing_left_to_do(host: Host, name: str, seed: int) -> None:
     rng = random.Random(f"{name} {seed}")

@@ -211,7 +211,7 @@ def test_a_gpu_vm_gets_its_whole_part_of_the_machine(host: Host, size: int) -> N
 def test_a_vm_without_gpus_gets_a_little_and_no_devices(host: Host) -> None:
     gets = host.vm("gpus: 0").resources
     assert (gets.cpus, gets.memory, gets.nics, gets.drives) == (2, 4096, 0, 0)
-    assert (gets.nvswitches, gets.hugepages, gets.max_queues) == (False, Hugepages.NONE, 4)
+    assert (gets.nvswitches, gets.hugepages, gets.max_queues) == (False, Hugepages.AUTO, 4)
     assert (gets.iothreads, gets.os_disk_mib) == (1, 20 * 1024)
 
 

@@ -206,7 +206,7 @@ def test_a_node_of_memory_only(dgx2: Root) -> None:
 def test_memory_pages_and_distances(machine: Machine) -> None:
     first, second = discover(machine("dgx2")).numa_nodes
     assert first.memory_mib == 768 * 1024
-    assert first.hugepages == (HugepagePool(1048576, 736, 736),)
+    assert first.hugepages == (HugepagePool(1048576, 720, 720),)
     assert first.distance(1) == second.distance(0) == 21
     a100 = discover(machine("dgx-a100")).numa_nodes
     assert (a100[0].distance(0), a100[0].distance(3), a100[0].distance(4)) == (10, 12, 32)
@@ -218,7 +218,7 @@ def test_pages_of_all_sizes_smallest_first(dgx2: Root) -> None:
     dgx2.write(f"{folder}/free_hugepages", "500\n", sync=False)
     assert discover(dgx2).numa_nodes[0].hugepages == (
         HugepagePool(2048, 512, 500),
-        HugepagePool(1048576, 736, 736),
+        HugepagePool(1048576, 720, 720),
     )
 
 

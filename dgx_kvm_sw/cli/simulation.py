@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 from dgx_kvm_sw.access.files import Root, locked
@@ -67,6 +68,8 @@ def _build(root: Root, platform: str) -> None:
     from dgx_kvm_sw.reconcile import POOL_PATH, SPEC_FILE
 
     root.write(_MARK, f"{platform}\n", sync=False)
+    for left_over in root.directory.glob(".building-*"):  # of a build that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
     simulate.build(platform, root.directory)
     _, topology = platforms.survey(root)
     root.write(NODE_FILE, simulate.libvirt_node_xml(topology), sync=False)

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 from dgx_kvm_sw.guest.domainxml import parse
+from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.topology import Topology
 
 _MEMORY_MIB = 2048  # with little and a wide address space, OVMF hangs
@@ -36,6 +37,12 @@ def startable(xml: str, topology: Topology, *, vcpus_per_cell: int = 0) -> str:
     for driver in domain.iterfind("devices/interface/driver"):
         del driver.attrib["name"]
     return ElementTree.tostring(domain, encoding="unicode")
+
+
+def bar_mib(topology: Topology, address: PciAddress) -> int:
+    """The size of a stand-in's large BAR, in MiB."""
+    device = next(device for device in topology.devices() if device.address == address)
+    return max(_LEAST_BAR_MIB, max(device.bar_bytes) >> 20)
 
 
 def _only(domain: Element, path: str) -> Element:
@@ -98,12 +105,11 @@ def _emulate_cpu(domain: Element, mmio64_mib: int) -> None:
 
 
 def _replace_hostdevs(domain: Element, xml: str, topology: Topology) -> None:
-    sizes = {device.address: max(device.bar_bytes) >> 20 for device in topology.devices()}
     devices = _only(domain, "devices")
     for element in devices.findall("hostdev"):
         devices.remove(element)
     for hostdev in parse(xml).hostdevs:
-        size = max(_LEAST_BAR_MIB, sizes[hostdev.source])
+        size = bar_mib(topology, hostdev.source)
         name = f"{hostdev.source}-{size}".replace(":", "-")
         shared = SubElement(devices, "shmem", {"name": name})
         SubElement(shared, "model", {"type": "ivshmem-plain"})
