@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from dgx_kvm_sw.access.files import locked
+from dgx_kvm_sw.access.files import explained, locked
 from dgx_kvm_sw.guest import domainxml
 from dgx_kvm_sw.guest.hypervisor import Hypervisor
 from dgx_kvm_sw.host.fabric import Fabric, fabric_for
@@ -227,8 +227,11 @@ class _Run:
 
     def _journal(self, entry: dict[str, object], *, sync: bool) -> None:
         path = self.site.root.path(JOURNAL)
-        if sync and path.exists() and path.stat().st_size > _JOURNAL_BYTES:
-            path.replace(path.with_suffix(".jsonl.1"))
+        try:
+            if sync and path.exists() and path.stat().st_size > _JOURNAL_BYTES:
+                path.replace(path.with_suffix(".jsonl.1"))
+        except OSError as error:
+            raise explained(error, "put aside", path) from error
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         line = json.dumps({"time": stamp, "pid": os.getpid(), **entry})
         self.site.root.append(JOURNAL, line + "\n", sync=sync)

@@ -462,6 +462,7 @@ def test_a_journal_that_fits_only_in_part_is_no_journal(h100: SimulatedHost) -> 
 
     h100.declare("name: a, gpus: 1")
     h100.root.append(JOURNAL, "x" * 980 + "\n")
+    h100.plan()
     before = h100.files()
 
     def limited() -> None:

@@ -62,7 +62,7 @@ class Root:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, mode)
             try:
-                os.write(descriptor, text.encode())
+                _write_whole(descriptor, text.encode())
                 if sync:
                     os.fsync(descriptor)
             finally:
@@ -76,6 +76,18 @@ class Root:
             self.path(absolute).unlink(missing_ok=True)
         except OSError as error:
             raise explained(error, "remove", self.path(absolute)) from error
+
+
+def _write_whole(descriptor: int, data: bytes) -> None:
+    """Write all of `data`, or nothing: the kernel writes what still fits on a full disk."""
+    written = 0
+    try:
+        while written < len(data):
+            written += os.write(descriptor, data[written:])
+    except OSError:
+        if written:
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+        raise
 
 
 _SOURCE_TREE = Path(__file__).parents[2] / "etc/dgx-kvm/templates"

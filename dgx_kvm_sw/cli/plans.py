@@ -104,9 +104,7 @@ def unfinished(plan: Plan) -> str:
         if row.pending:
             waiting.setdefault(" ".join(row.pending), []).append(row.vm)
     parts = [
-        f"; {counted(len(names), 'waits', 'wait')} for {flags}: {listed(names)}".replace(
-            "1 w", "1 w"
-        )
+        f"; {counted(len(names), 'waits', 'wait')} for {flags}: {listed(names)}"
         for flags, names in waiting.items()
     ]
     if plan.unplaceable:

@@ -141,10 +141,11 @@ def _cells(
     held: Holding | None,
 ) -> tuple[GuestCell, ...]:
     had = {cell.host_node: cell.cores for cell in held.cells} if held else {}
+    placed = {holder for holder, _, _ in ledger.memory}
     defined = {
         core
         for other in inputs.holdings
-        if other.vm != vm
+        if other.vm != vm and other.vm not in placed
         for cell in other.cells
         for core in cell.cores
     }

@@ -52,13 +52,14 @@ def render(templates: Templates, facts: DomainFacts, libvirt: LibvirtFeatures) -
     assert facts.owner is not None
     template = facts.owner.template
     xml = templates.render(template, domain=facts, libvirt=libvirt)
+    file = str(templates.path(template))
     try:
         rendered = parse(xml)
     except (ElementTree.ParseError, ValueError, AttributeError) as error:
-        raise BadFileError((_broken(template, xml, error),)) from error
+        raise BadFileError((_broken(file, xml, error),)) from error
     if (rendered.name, rendered.uuid, rendered.owner) != (facts.name, facts.uuid, facts.owner):
         message = "does not print the name, uuid and metadata of the domain as given"
-        raise BadFileError((Problem(template, 0, 0, 0, 0, "", message),))
+        raise BadFileError((Problem(file, 0, 0, 0, 0, "", message),))
     return DomainDef(rendered, xml)
 
 
@@ -75,16 +76,14 @@ def metadata(owner: Ownership) -> tuple[str, str, str]:
     return ElementTree.tostring(element, encoding="unicode"), "dgx-kvm", NAMESPACE
 
 
-def _broken(template: str, xml: str, error: Exception) -> Problem:
-    line, snippet = 0, ""
+def _broken(file: str, xml: str, error: Exception) -> Problem:
+    message = f"its output is not a domain: {error}"
     if isinstance(error, ElementTree.ParseError):
         line, column = error.position
-        snippet = f" near {xml.splitlines()[line - 1].strip()[:80]!r}" if line else ""
+        near = "".join(xml.splitlines()[line - 1 : line]).strip()[:80]
         reason = str(error).split(":", maxsplit=1)[0]
-        message = f"its output is not XML: {reason}, column {column}{snippet}"
-    else:
-        message = f"its output is not a domain: {error}"
-    return Problem(template, 0, 0, 0, 0, "", message)
+        message = f"its output is not XML: {reason}, column {column} near {near!r}"
+    return Problem(file, 0, 0, 0, 0, "", message)
 
 
 def parse(xml: str) -> DomainFacts:

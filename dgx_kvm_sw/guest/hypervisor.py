@@ -109,13 +109,13 @@ class Hypervisor:
         with _explained(f"shut down {name}"):
             domain = self._connection.lookupByUUIDString(uuid)
             end = time.monotonic() + timeout
-            if timeout > 0 and domain.isActive():
+            if timeout > 0 and _runs(domain):
                 domain.shutdown()
-            while domain.isActive() and time.monotonic() < end:
+            while _runs(domain) and time.monotonic() < end:
                 time.sleep(_POLL_SECONDS)
-            if domain.isActive() and force:
+            if _runs(domain) and force:
                 domain.destroy()
-            if not domain.isActive():
+            if not _runs(domain):
                 return
         raise HypervisorError(
             f"{name} did not shut down within {timeout:g} s",
@@ -123,7 +123,7 @@ class Hypervisor:
         )
 
     def undefine(self, name: str, uuid: str) -> None:
-        with _explained(f"undefine {name}"):
+        with _explained(f"undefine {name}"), _ignored(libvirt.VIR_ERR_NO_DOMAIN):
             domain = self._connection.lookupByUUIDString(uuid)
             if self._connection.getType() == "TEST":
                 domain.undefine()  # the test driver knows no flags
@@ -205,6 +205,13 @@ def _domain_xml(domain: Any) -> DomainXml:
     inactive = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
     live = domain.XMLDesc() if domain.isActive() else None
     return DomainXml(domain.name(), domain.UUIDString(), inactive, live)
+
+
+def _runs(domain: Any) -> bool:
+    """Whether a domain runs; one that was undefined while it ran is gone when it ends."""
+    with _ignored(libvirt.VIR_ERR_NO_DOMAIN):
+        return bool(domain.isActive())
+    return False
 
 
 def _volume(volume: Any) -> Volume:

@@ -63,8 +63,10 @@ class Templates:
             raise _problem(root, shown, error.lineno, error.message or "is not valid") from error
         except jinja2.TemplateNotFound as error:
             raise _problem(root, name, 0, f"it needs {error.name}, which is not there") from error
+        except RecursionError as error:
+            raise _problem(root, name, 0, "it extends or includes itself") from error
         except (
-            jinja2.UndefinedError,
+            jinja2.TemplateRuntimeError,
             TypeError,
             ValueError,
             ArithmeticError,
@@ -72,6 +74,10 @@ class Templates:
         ) as error:
             file, line = _where(name, error)
             raise _problem(root, file, line, str(error)) from error
+
+    def path(self, name: str) -> Path:
+        """Return the file that holds a template."""
+        return _path(self._root, name)
 
     def _text(self, name: str) -> str:
         if name not in self._texts:

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from integration.private_libvirtd import BRIDGE, Libvirtd
-
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.decide.plan import Intent
 from dgx_kvm_sw.execute import Outcome, Power, execute, locked_site
 from dgx_kvm_sw.model.actions import Plan
 from dgx_kvm_sw.reconcile import SPEC_FILE, Site, gather
+from integration.private_libvirtd import BRIDGE, Libvirtd
 
 CORES = 24  # of two threads each
 TEMPLATE = "test.xml.j2"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
 from integration.claimed_host import ClaimedHost, claim
 from integration.private_libvirtd import Libvirtd, missing, private_libvirtd
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from xml.etree import ElementTree
 
 import pytest
 from hosts import SimulatedHost
-from integration.guest_pci import UNASSIGNED, Function, functions
-from integration.private_libvirtd import BRIDGE, Libvirtd
-from integration.stand_ins import bar_mib, startable
 
+from dgx_kvm_sw.guest.domainxml import parse
 from dgx_kvm_sw.guest.hypervisor import Hypervisor
 from dgx_kvm_sw.host import simulate
 from dgx_kvm_sw.model.domain import DomainFacts, PciController
+from integration.guest_pci import UNASSIGNED, Function, functions
+from integration.private_libvirtd import BRIDGE, Libvirtd
+from integration.stand_ins import bar_mib, startable
 
 pytestmark = pytest.mark.integration
 
@@ -58,10 +60,11 @@ def test_qemu_takes_the_shape(
 ) -> None:
     facts, xml = shape(host(platform), gpus)
     with started(libvirtd, xml, "--paused"):
-        found = functions(libvirtd, "vm")
-    for number, hostdev in enumerate(facts.hostdevs):
-        depth = len(list(controllers_above(facts, hostdev.bus)))
-        assert len(found[f"shmem{number}"].buses) == depth
+        live = libvirtd.virsh("dumpxml", "vm")
+    assert parse(live).controllers == facts.controllers
+    addresses = ElementTree.fromstring(live).iterfind("devices/shmem/address")
+    buses = [int(address.get("bus", "0"), 0) for address in addresses]
+    assert buses == [hostdev.bus for hostdev in facts.hostdevs]
 
 
 @pytest.mark.parametrize(("platform", "gpus"), BOOTED)
@@ -71,7 +74,7 @@ def test_firmware_numbers_the_tree_and_places_all_bars(
     here = host(platform)
     facts, xml = shape(here, gpus, vcpus_per_cell=2)
     with started(libvirtd, xml):
-        found = booted(libvirtd)
+        found = booted(libvirtd, len(facts.hostdevs))
     expanders = [c for c in facts.controllers if c.bus_nr is not None]
     ends = [*(expander.bus_nr for expander in expanders), 256][1:]
     after = {expander.index: end for expander, end in zip(expanders, ends, strict=True)}
@@ -97,13 +100,17 @@ def controllers_above(facts: DomainFacts, bus: int) -> Iterator[PciController]:
         up = by_index[up].bus
 
 
-def booted(libvirtd: Libvirtd) -> dict[str, Function]:
+def booted(libvirtd: Libvirtd, stand_ins: int) -> dict[str, Function]:
     """Wait until firmware has placed every BAR of every stand-in."""
     deadline = time.monotonic() + _BOOT_SECONDS
     while time.monotonic() < deadline:
         found = functions(libvirtd, "vm")
-        stand_ins = [each for alias, each in found.items() if alias.startswith("shmem")]
-        if not any(UNASSIGNED in bar for function in stand_ins for bar in function.bars):
+        ready = [
+            alias
+            for alias, function in found.items()
+            if alias.startswith("shmem") and not any(UNASSIGNED in bar for bar in function.bars)
+        ]
+        if len(ready) == stand_ins:
             return found
         time.sleep(0.5)
     raise AssertionError(f"not all BARs have an address after {_BOOT_SECONDS} s")

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from integration.claimed_host import ClaimedHost
-from integration.running import Qemu
 
 from dgx_kvm_sw.execute import JOURNAL, PREPARED, execute
-from dgx_kvm_sw.model.actions import MarkRestartNeeded, Verb
+from dgx_kvm_sw.model.actions import MarkRestartNeeded
 from dgx_kvm_sw.model.errors import HypervisorError
 from dgx_kvm_sw.reconcile import POOL_PATH, gather
+from integration.claimed_host import ClaimedHost
+from integration.running import Qemu
 
 pytestmark = pytest.mark.integration
 
@@ -192,6 +192,31 @@ def test_pulled_plug_is_found(claimed: ClaimedHost) -> None:
     assert set(pids(claimed)) == {"vm"}
 
 
+@pytest.mark.parametrize("vms", [(), ("name: vm, firmware: bios, state: stopped",)])
+def test_domain_undefined_while_it_runs_can_be_stopped(
+    claimed: ClaimedHost, vms: tuple[str, ...]
+) -> None:
+    claimed.reach("name: vm, firmware: bios")
+    claimed.libvirtd.virsh("undefine", "vm")
+    claimed.declare(vms)
+    claimed.apply("--restart", "--prune")  # it goes with its plug, so the next apply makes it
+    claimed.reach(*vms)
+    assert not pids(claimed)
+
+
+def test_removed_disk_is_made_again(claimed: ClaimedHost) -> None:
+    claimed.reach("name: vm, firmware: bios, state: stopped")
+    disk = claimed.site.root.path(f"{POOL_PATH}/vm.os.qcow2")
+    disk.unlink()
+    (row,) = claimed.plan().vms
+    assert [(change.field, change.old) for change in row.changes] == [
+        ("disks", "vm.os.qcow2 is missing")
+    ]
+    claimed.apply()
+    assert disk.exists()
+    assert not claimed.plan().pending
+
+
 def test_prune_keeps_disks_and_foreign_domains(claimed: ClaimedHost) -> None:
     claimed.reach("name: stays, firmware: bios", "name: goes")
     root = claimed.site.root
@@ -282,7 +307,7 @@ def test_side_by_side_and_one_by_one(claimed: ClaimedHost) -> None:
     """Sixteen starts: not a test of speed, but of both ways, and of what they take."""
     stopped = [f"{vm}, state: stopped" for vm in SIXTEEN]
     seconds = []
-    for batches in ([NAMES], [(name,) for name in NAMES]):
+    for batches in ((NAMES,), tuple((name,) for name in NAMES)):
         claimed.reach(*stopped)
         assert not pids(claimed)
         begin = time.monotonic()

@@ -1,0 +1,333 @@
+"""What each verb does and says, on a simulated DGX-2; the drawings have tests of their own."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from pathlib import Path
+
+import pytest
+from commandline import EIGHT, Host
+
+from dgx_kvm_sw.cli import verbs
+from dgx_kvm_sw.model.errors import ExitCode
+
+READS = [verb.name for verb in verbs.VERBS if verb.reads]
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Host:
+    host = Host(tmp_path / "machine", capsys)
+    host("validate")
+    return host
+
+
+@pytest.fixture
+def eight(run: Host) -> Host:
+    run.declare(EIGHT)
+    return run
+
+
+# -- validate -----------------------------------------------------------------------------------
+
+
+def test_validate_counts_vms(eight: Host) -> None:
+    assert eight("validate").out == "8 VMs, no mistakes\n"
+    assert eight("validate --json").json["valid"] is True
+
+
+def test_validate_names_every_mistake_with_its_place(run: Host) -> None:
+    run.declare("version: 1\nvms:\n  - {name: a, gpus: 3}\n  - {name: b, gpus: 1, memry: 1GiB}\n")
+    result = run("validate")
+    assert result.code == ExitCode.BAD_FILE
+    assert f"{run.spec}:3:21: vms[0].gpus: 3 is not one of" in result.err
+    assert "did you mean `memory`?" in result.err
+    assert f"\n{' ' * 27}^^^^^\n" in result.err
+    found = run("validate --json")
+    assert found.code == ExitCode.BAD_FILE
+    assert [p["range"]["start"]["line"] for p in found.json["problems"]] == [3, 4]
+
+
+def test_validate_takes_a_file_and_so_does_every_verb(run: Host, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("version: 1\nvms: [{name: a, gpus: 1}]\n")
+    assert run(f"validate {other}").out == "1 VM, no mistakes\n"
+    assert run(f"-f {other} plan").last == "Plan: 1 to create, 0 to change, 0 to delete."
+
+
+@pytest.mark.parametrize("verb", ["validate", "plan", "diff", "apply", "status", "fits", "start x"])
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"", ExitCode.BAD_FILE),
+        (b"\xff\xfe\x00", ExitCode.BAD_FILE),
+        (b"[" * 100000, ExitCode.BAD_FILE),
+        (b"a: &a [*a]", ExitCode.BAD_FILE),
+        (None, ExitCode.FAILED),  # a directory
+    ],
+)
+def test_a_bad_file_never_shows_a_traceback(
+    verb: str, content: bytes | None, code: int, run: Host
+) -> None:
+    run.spec.unlink()
+    if content is None:
+        run.spec.mkdir()
+    else:
+        run.spec.write_bytes(content)
+    result = run(verb)
+    assert result.code == code
+    assert str(run.spec) in result.err
+
+
+def test_errors_come_as_json_too(run: Host) -> None:
+    run.declare("version: 2\n")
+    result = run("plan --json")
+    assert result.code == ExitCode.BAD_FILE
+    assert result.json["error"]["problems"][0]["path"] == "version"
+
+
+# -- plan, diff, apply --------------------------------------------------------------------------
+
+
+def test_a_second_apply_has_nothing_to_do(eight: Host) -> None:
+    plan = eight("plan")
+    assert (plan.code, plan.last) == (2, "Plan: 8 to create, 0 to change, 0 to delete.")
+    assert "  + vm-0  GPUs 0-1" in plan.out
+    first = eight("apply")
+    assert (first.code, first.last) == (0, "Done: 8 created, 8 started.")
+    second = eight("apply")
+    assert (second.code, second.out) == (0, "Nothing to do: 8 VMs are as declared.\n")
+    assert eight("plan").code == eight("diff").code == eight("status --check").code == 0
+
+
+def test_a_change_of_a_running_vm_waits_for_restart(eight: Host) -> None:
+    eight("apply")
+    eight.declare(EIGHT.replace("vm-3, gpus: 2", "vm-3, gpus: 2, memory: 20GiB"))
+    assert eight("status --check").code == ExitCode.CHANGES
+    plan = eight("plan")
+    assert plan.last == (
+        "Plan: 0 to create, 1 to change (1 at next restart), 0 to delete;"
+        " 1 waits for --restart: vm-3."
+    )
+    assert re.search(r"memory: \w+ -> 20GiB  \(at next restart\)", plan.out)
+    assert eight("apply").last == "Done: 1 changed; 1 waits for --restart: vm-3."
+    assert eight("apply").last == (
+        "Nothing to do: 7 VMs are as declared; 1 waits for --restart: vm-3."
+    )
+    assert eight("apply --restart").last == "Done: 1 restarted."
+    assert eight("plan").code == 0
+
+
+def test_a_vm_that_left_the_file_stays_until_prune(eight: Host) -> None:
+    eight("apply")
+    eight.declare(EIGHT.replace("  - {name: vm-7, gpus: 2, networks: [{bridge: br0}]}\n", ""))
+    assert eight("apply").last.endswith("1 waits for --prune --restart: vm-7.")
+    assert eight("apply --prune").last.endswith("1 waits for --restart: vm-7.")
+    assert (
+        "vm-7.os.qcow2 -> deleted  (destroys data)"
+        in eight("plan --prune --restart --delete-disks").out
+    )
+    assert eight("apply --prune --restart").last == "Done: 1 deleted."
+    assert eight.root.exists("/libvirt/volumes/vm-7.os.qcow2")
+
+
+def test_what_does_not_fit_is_refused_and_hinders_nobody(eight: Host) -> None:
+    eight("apply")
+    eight("stop vm-0")
+    eight.declare(EIGHT + "  - {name: big, gpus: 16}\n")
+    result = eight("apply")
+    assert result.code == ExitCode.FAILED
+    assert "! big  does not fit" in result.out
+    assert result.last == "Done: 1 started; 1 does not fit: big."
+    again = eight("apply -q")
+    assert (again.code, again.last.partition(";")[0]) == (1, "Nothing to do: 8 VMs are as declared")
+
+
+def test_diff_speaks_the_words_of_the_file_or_xml(eight: Host) -> None:
+    eight("apply")
+    eight.declare(EIGHT.replace("vm-3, gpus: 2", "vm-3, gpus: 2, memory: 20GiB"))
+    words = eight("diff")
+    assert words.code == ExitCode.CHANGES
+    assert words.out.startswith("@@ vm-3 @@\n- memory: ")
+    assert "\n+ memory: 20GiB\n" in words.out
+    assert "--- libvirt/vm-3\n+++ declared/vm-3\n" in eight("diff --xml").out
+    assert [row["vm"] for row in eight("diff --json").json["vms"]] == ["vm-3"]
+
+
+def test_quiet_leaves_the_exit_code(eight: Host) -> None:
+    for command, code in (("plan -q", 2), ("diff -q", 2), ("apply -q", 0), ("plan -q", 0)):
+        result = eight(command)
+        assert (result.code, result.out) == (code, "")
+
+
+@pytest.mark.parametrize("verb", READS)
+def test_every_verb_that_looks_has_json(verb: str, eight: Host) -> None:
+    eight("apply")
+    names = "vm-0" if verb == "explain" else ""
+    result = eight(f"{verb} {names} --json")
+    assert result.code == 0
+    assert result.json["version"] == 1
+    assert result.err == ""
+
+
+# -- saved plans --------------------------------------------------------------------------------
+
+
+def test_a_saved_plan_does_what_it_says_and_only_once(eight: Host, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    assert eight(f"plan -o {file}").code == ExitCode.CHANGES
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    saved = json.loads(file.read_text())
+    assert {action["type"] for action in saved["actions"]} >= {"CreateVolume", "StartDomain"}
+    assert eight(f"apply {file}").last == "Done: 8 created, 8 started."
+    again = eight(f"apply {file}")
+    assert again.code == ExitCode.FAILED
+    assert "is stale" in again.err
+    assert "nothing was done" in again.err
+
+
+def test_a_stale_plan_changes_nothing(eight: Host, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    eight(f"plan -o {file}")
+    eight.declare(EIGHT + "# a comment\n")
+    assert eight(f"apply {file}").code == ExitCode.FAILED
+    assert not eight.root.exists("/libvirt/domains")
+
+
+def test_a_saved_plan_knows_its_file(run: Host, tmp_path: Path) -> None:
+    spec, file = tmp_path / "other.yaml", tmp_path / "plan.json"
+    spec.write_text("version: 1\nvms: [{name: a, gpus: 1}]\n")
+    saved = run(f"-f {spec} plan -o {file}")
+    assert f"To do exactly this: dgx-kvm apply {file}\nPlan: 1 to create" in saved.out
+    assert run(f"apply {file}").last == "Done: 1 created, 1 started."
+
+
+@pytest.mark.parametrize("target", ["/dev/null", "."])
+def test_a_plan_replaces_no_device(target: str, run: Host) -> None:
+    assert run(f"plan -o {target}").code == ExitCode.USAGE
+
+
+def test_a_saved_plan_keeps_its_options(eight: Host, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    eight("apply")
+    eight.declare("version: 1\n")
+    eight(f"plan --prune --restart -o {file}")
+    assert eight(f"apply {file} --prune").code == ExitCode.USAGE
+    assert eight(f"apply {file}").last == "Done: 8 deleted."
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', "version: 1\n", "[" * 99999])
+def test_what_is_no_plan_is_not_applied(text: str, eight: Host, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(text)
+    result = eight(f"apply {file}")
+    assert result.code == ExitCode.BAD_FILE
+    assert "this is not a saved plan" in result.err
+
+
+# -- one VM -------------------------------------------------------------------------------------
+
+
+def test_start_stop_restart(eight: Host) -> None:
+    eight("apply")
+    assert eight("start vm-0").out == "vm-0 is running already\n"
+    stop = eight("stop vm-0 vm-1")
+    assert stop.last == "Done: 2 stopped."
+    assert "vm-0, vm-1: the file says running, so the next apply starts them again" in stop.out
+    again = eight("stop vm-0 vm-1")
+    assert (again.code, again.out) == (0, "vm-0, vm-1 are stopped already\n")
+    assert eight("start vm-0 vm-1").last == "Done: 2 started."
+    assert eight("restart vm-0").last == "Done: 1 restarted."
+    assert eight("stop vm-0 --force --timeout 0").last == "Done: 1 stopped."
+
+
+@pytest.mark.parametrize("verb", ["start", "stop", "restart", "delete", "explain"])
+def test_a_name_nobody_knows_is_answered_with_the_nearest(verb: str, eight: Host) -> None:
+    eight("apply")
+    result = eight(f"{verb} vm-77")
+    assert result.code == ExitCode.USAGE
+    assert "vm-77" in result.err
+    assert "did you mean" in result.err
+
+
+def test_a_wrong_name_among_right_ones_stops_nothing(eight: Host) -> None:
+    eight("apply")
+    assert eight("stop vm-0 nobody").code == ExitCode.USAGE
+    assert eight("start vm-0").out == "vm-0 is running already\n"
+
+
+def test_a_simulated_vm_has_no_console(eight: Host) -> None:
+    assert "has no console" in eight("console vm-0").err
+
+
+def test_create_and_delete_leave_nothing_behind(eight: Host) -> None:
+    eight.declare(EIGHT.replace("gpus: 2", "gpus: 1"))
+    eight("apply")
+    before = _state(eight)
+    made = eight(
+        "create lab --gpus 2 --memory 20GiB --vcpus 4 --image debian-12 --disk data=5GiB"
+        " --network bridge=br0 --network network=default --pin 14,15"
+    )
+    assert made.last == "Done: 1 created, 1 started."
+    assert "+ lab  GPUs 14-15" in made.out
+    assert eight("plan").code == 0
+    assert "declared already" in eight("create lab --gpus 1").err
+    refused = eight("delete lab")
+    assert (refused.code, "--stop" in refused.err) == (ExitCode.FAILED, True)
+    kept = eight("delete lab --stop")
+    assert "Its disks stay:\n  /var/lib/dgx-kvm/images/lab.os.qcow2" in kept.out
+    assert eight("create lab --gpus 2").code == 0
+    assert eight("delete lab --stop --delete-disks").last == "Done: 1 deleted."
+    assert _state(eight) - {"/libvirt/volumes/lab.data.qcow2"} == before
+
+
+def _state(host: Host) -> set[str]:
+    folders = ("/etc/dgx-kvm", "/etc/dgx-kvm/vms.d", "/libvirt/domains", "/libvirt/volumes")
+    return {f"{folder}/{name}" for folder in folders for name in host.root.names(folder)} - {
+        "/etc/dgx-kvm/vms.d"
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ("--gpus 16", ExitCode.FAILED, "does not fit, so nothing was changed"),
+        ("--gpus 1 --memory lots", ExitCode.USAGE, "--memory: 'lots' is not a size"),
+        ("--gpus 1 --memory 20", ExitCode.USAGE, "did you mean `20GiB`?"),
+        ("--gpus 1 --tenant nobody", ExitCode.USAGE, "--tenant: there is no tenant 'nobody'"),
+        ("--gpus 1 --image debian-21", ExitCode.USAGE, "did you mean `debian-12`?"),
+        ("--gpus 1 --disk os=1GiB", ExitCode.USAGE, "--disk"),
+        ("--gpus 1 --network wire=x", ExitCode.USAGE, "--network"),
+        ("--gpus 2 --pin 8", ExitCode.USAGE, "--pin"),
+        ("--gpus 1 --pin [8", ExitCode.USAGE, "--pin"),
+        ('--gpus 1 --image "},x:{', ExitCode.USAGE, "--image"),
+    ],
+)
+def test_a_create_that_is_refused_leaves_nothing(
+    options: str, code: int, message: str, eight: Host
+) -> None:
+    eight.declare(EIGHT.replace("gpus: 2", "gpus: 1"))
+    eight("apply")
+    before = _state(eight)
+    result = eight(f"create lab {options}")
+    assert result.code == code
+    assert message in result.err
+    assert _state(eight) == before
+
+
+def test_create_changes_nothing_else(eight: Host) -> None:
+    eight.declare(EIGHT.replace("gpus: 2", "gpus: 1"))
+    result = eight("create lab --gpus 1 --stopped")
+    assert "8 other VMs wait for `dgx-kvm apply`" in result.out
+    assert result.last == "Done: 1 created."
+    assert eight.root.names("/libvirt/domains") == ["lab.json"]
+
+
+def test_delete_is_for_what_create_made(eight: Host) -> None:
+    eight("apply")
+    result = eight("delete vm-0 --stop")
+    assert result.code == ExitCode.USAGE
+    assert "vms.yaml:3" in result.err
+    eight.declare(EIGHT.replace("vm-0", "vm-x"))
+    assert "apply --prune" in eight("delete vm-0").err
