@@ -193,7 +193,7 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     around = Surroundings(
         machine_id=site.machine_id(),
         pool_path=POOL_PATH,
-        image_paths={image.name: image.path for image in catalogue.images.values()},
+        images={i.name: (i.path, i.format) for i in catalogue.images.values()},
         template_digests={
             name: templates.digest(name) for name in sorted({vm.template for vm in ours.vms})
         },
@@ -217,7 +217,7 @@ def read_current(hypervisor: Hypervisor) -> CurrentState:
     for found in hypervisor.domains():
         live = domainxml.parse(found.live) if found.live else None
         facts = domainxml.parse(found.inactive)
-        domains.append(DomainStatus(facts, found.live is not None, live))
+        domains.append(DomainStatus(facts, found.live is not None, live, found.persistent))
     return CurrentState(tuple(domains), hypervisor.volumes())
 
 
@@ -294,7 +294,7 @@ def _rendered(
     """
     held = current.domain(want.facts.name)
     running_as_wanted = held is None or held.live is None or same(held.live, want.facts)
-    if held and same(held.facts, want.facts) and running_as_wanted:
+    if held and held.persistent and same(held.facts, want.facts) and running_as_wanted:
         return want, None
     definition = domainxml.render(templates, want.facts, features)
     return replace(want, facts=definition.facts), definition

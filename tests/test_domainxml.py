@@ -193,15 +193,13 @@ def test_memory_is_bound_strictly_cell_by_cell(golden: Element) -> None:
         assert all(len(cell.findall("distances/sibling")) == len(cells) for cell in cells)
 
 
-def test_queues_are_capped(golden: Element) -> None:
-    cap = {0: 4, 1: 8, 2: 12, 4: 16, 8: 24, 16: 32}
-    gpus = golden.attrib and sum(
-        1 for h in golden.iterfind("devices/hostdev") if h.find("source") is not None
-    )
-    vcpus = int(golden.findtext("vcpu", "0"))
-    drivers = golden.findall("devices/disk/driver") + golden.findall("devices/interface/driver")
-    queues = {int(driver.get("queues", "0")) for driver in drivers}
-    assert gpus is not None and len(queues) == 1 and queues <= {min(vcpus, c) for c in cap.values()}
+@pytest.mark.parametrize(
+    ("case", "queues"),
+    [("dgx2-1", 4), ("dgx2-16", 32), ("dgx-h100-1", 8), ("dgx-h100-8", 24), ("dgx-b200-0", 2)],
+)
+def test_queues_are_one_for_each_vcpu_up_to_the_cap(case: str, queues: int) -> None:
+    facts = domainxml.parse((GOLDEN / f"{case}.xml").read_text(encoding="utf-8"))
+    assert {device.queues for device in (*facts.disks, *facts.interfaces)} == {queues}
 
 
 def test_a_window_is_opened_for_devices_in_both_places(golden: Element) -> None:

@@ -66,7 +66,7 @@ def test_cpu_lists_come_back_as_they_were() -> None:
         assert CpuSet.parse(str(cpus)) == cpus
 
 
-@pytest.mark.parametrize("text", ["a", "1-", "-1", "1-2-3", "0x3", "1;2"])
+@pytest.mark.parametrize("text", ["a", "-1", "1-2-3", "0x3", "1;2"])
 def test_what_is_no_cpu_list_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         CpuSet.parse(text)

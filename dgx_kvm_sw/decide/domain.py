@@ -26,7 +26,7 @@ class Surroundings:
 
     machine_id: str
     pool_path: str
-    image_paths: dict[str, str]  # image name -> path of its file
+    images: dict[str, tuple[str, str]]  # image name -> path and format of its file
     template_digests: dict[str, str]  # template name -> digest
 
 
@@ -74,16 +74,12 @@ def desired_domain(
 def desired_volumes(vm: VmSpec, around: Surroundings) -> tuple[Volume, ...]:
     """Return the VM's disks on the pool: the OS disk, over its image, and the data disks."""
     sizes = {"os": vm.resources.os_disk_mib, **{disk.name: disk.size_mib for disk in vm.disks}}
-    return tuple(
-        Volume(
-            name=_volume_name(vm.name, disk),
-            path=f"{around.pool_path}/{_volume_name(vm.name, disk)}",
-            capacity_mib=size,
-            format="qcow2",
-            backing=around.image_paths[vm.image] if disk == "os" and vm.image else "",
-        )
-        for disk, size in sizes.items()
-    )
+    volumes = []
+    for disk, size in sizes.items():
+        name = _volume_name(vm.name, disk)
+        image = around.images[vm.image] if disk == "os" and vm.image else ("", "")
+        volumes.append(Volume(name, f"{around.pool_path}/{name}", size, "qcow2", *image))
+    return tuple(volumes)
 
 
 def volume_prefix(vm: str) -> str:

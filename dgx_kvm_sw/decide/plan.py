@@ -146,7 +146,7 @@ def _running_step(
     assert held.live is not None
     name = want.facts.name
     live = differences(held.live, want.facts, topology)
-    redefine = not same(held.facts, want.facts)
+    redefine = not held.persistent or not same(held.facts, want.facts)
     define = (DefineDomain(name, want.facts, live=False),) if redefine else ()
     if not _runs(want):
         changes = [Change("state", "running", "stopped", Effect.NEEDS_RESTART)]
@@ -165,6 +165,8 @@ def _running_step(
         changes = [_change(d, Effect.NEXT_RESTART) for d in live]
         return _Step(_row(name, Verb.CHANGE, changes, (RESTART,)), (*volumes, *define, *mark))
     drifted = live or differences(held.facts, want.facts, topology)
+    if not held.persistent:
+        drifted = [*drifted, ("definition", "gone", "as declared")]
     if not drifted and not volumes:
         return None
     changes = [_change(d, Effect.LIVE) for d in drifted] + [_missing(v) for v in volumes]

@@ -29,6 +29,7 @@ class DomainXml:
     uuid: str
     inactive: str
     live: str | None
+    persistent: bool  # False: undefined while it runs
 
 
 class Hypervisor:
@@ -168,7 +169,7 @@ class Hypervisor:
         if volume.backing:
             backing = (
                 f"<backingStore><path>{escape(volume.backing)}</path>"
-                "<format type='qcow2'/></backingStore>"
+                f"<format type='{volume.backing_format}'/></backingStore>"
             )
         with _explained(f"create the disk {volume.name}"):
             pool = self._connection.storagePoolLookupByName(POOL)
@@ -204,7 +205,8 @@ class Hypervisor:
 def _domain_xml(domain: Any) -> DomainXml:
     inactive = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
     live = domain.XMLDesc() if domain.isActive() else None
-    return DomainXml(domain.name(), domain.UUIDString(), inactive, live)
+    persistent = bool(domain.isPersistent())
+    return DomainXml(domain.name(), domain.UUIDString(), inactive, live, persistent)
 
 
 def _runs(domain: Any) -> bool:
@@ -217,12 +219,14 @@ def _runs(domain: Any) -> bool:
 def _volume(volume: Any) -> Volume:
     tree = ElementTree.fromstring(volume.XMLDesc())
     target_format = tree.find("target/format")
+    backing_format = tree.find("backingStore/format")
     return Volume(
         name=volume.name(),
         path=volume.path(),
         capacity_mib=int(tree.findtext("capacity") or 0) >> 20,
         format=target_format.get("type", "raw") if target_format is not None else "raw",
         backing=(tree.findtext("backingStore/path") or "").strip(),
+        backing_format=backing_format.get("type", "") if backing_format is not None else "",
     )
 
 

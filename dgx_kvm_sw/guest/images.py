@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 
 from dgx_kvm_sw.access.files import Root
+from dgx_kvm_sw.model.errors import HostError
 
 MANIFESTS = "/usr/share/dgx-kvm/images.d"
 
@@ -38,6 +39,9 @@ def catalogue(root: Root) -> Catalogue:
         try:
             data = json.loads(root.read(where))
             image = Image(str(data["name"]), str(data["path"]), str(data["format"]))
+        except HostError as error:
+            problems.append(error.message)
+            continue
         except (ValueError, KeyError, TypeError) as error:
             problems.append(f"{root.path(where)} is not an image manifest: {error!r}")
             continue

@@ -108,6 +108,7 @@ class DomainStatus:
     facts: DomainFacts  # of the inactive definition: what the next start will use
     running: bool
     live: DomainFacts | None  # of the running domain; None when it is not running
+    persistent: bool = True  # False: undefined while it runs, so gone when it stops
 
     @property
     def name(self) -> str:
@@ -127,6 +128,7 @@ class Volume:
     capacity_mib: int
     format: str
     backing: str = ""  # path of the image it overlays
+    backing_format: str = ""
 
 
 @dataclass(frozen=True)

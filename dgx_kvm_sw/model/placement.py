@@ -67,6 +67,7 @@ class Candidate:
 
     partition: Partition
     verdict: str  # "chosen", "fits, ranked 2", "GPU 5 (0000:59:00.0) is held by rapids"
+    holders: tuple[str, ...] = ()  # the other VMs that have GPUs of it
 
 
 @dataclass(frozen=True)
