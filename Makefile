@@ -14,8 +14,7 @@ PYTHON := /usr/bin/python3
 TOOLS := .cache/tools
 
 RUN_PACKAGES := python3-libvirt python3-yaml python3-jinja2 python3-jsonschema python3-debian libvirt0
-DOCS_PACKAGES := python3-argparse-manpage python3-shtab man-db
-TEST_PACKAGES := $(RUN_PACKAGES) $(DOCS_PACKAGES) python3-pytest python3-pytest-xdist \
+TEST_PACKAGES := $(RUN_PACKAGES) man-db python3-pytest python3-pytest-xdist \
 	python3-hypothesis python3-numpy python3-venv mypy shellcheck libvirt-daemon-system \
 	libvirt-clients qemu-system-x86 qemu-utils ovmf seabios iproute2 procps
 # Pinned: a newer linter may not find new faults in old code on the day of a release.
@@ -44,8 +43,8 @@ bench: .cache/installed-test
 	$(PYTHON) -m bench.placement
 	$(PYTHON) -m bench.speed
 
-docs: .cache/installed-docs
-	$(PYTHON) -m tools.docs build
+docs: .cache/installed-run
+	$(PYTHON) -m tools.documents build
 
 format: $(TOOLS)/done
 	$(TOOLS)/bin/ruff check --fix .
@@ -56,7 +55,6 @@ clean:
 
 # Installs only what is missing, so that a second run needs neither root nor network.
 .cache/installed-run: PACKAGES := $(RUN_PACKAGES)
-.cache/installed-docs: PACKAGES := $(RUN_PACKAGES) $(DOCS_PACKAGES)
 .cache/installed-test: PACKAGES := $(TEST_PACKAGES)
 .cache/installed-%: Makefile
 	@mkdir -p .cache

@@ -13,7 +13,7 @@ from dgx_kvm_sw.decide.changes import same
 from dgx_kvm_sw.decide.domain import Surroundings, desired_domain, desired_volumes
 from dgx_kvm_sw.decide.fit import Inputs
 from dgx_kvm_sw.decide.holdings import holdings_of
-from dgx_kvm_sw.decide.placement import gpu_indexes, place
+from dgx_kvm_sw.decide.placement import place
 from dgx_kvm_sw.decide.plan import (
     RESTART,
     Desired,
@@ -23,6 +23,7 @@ from dgx_kvm_sw.decide.plan import (
     start_actions,
     stop_actions,
 )
+from dgx_kvm_sw.decide.search import gpu_indexes
 from dgx_kvm_sw.guest import domainxml, images
 from dgx_kvm_sw.guest import spec as spec_file
 from dgx_kvm_sw.guest.templates import Templates

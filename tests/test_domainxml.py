@@ -18,9 +18,9 @@ from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.guest import domainxml
 from dgx_kvm_sw.guest.domainxml import LibvirtFeatures
 from dgx_kvm_sw.guest.templates import Templates
-from dgx_kvm_sw.model.domain import DomainFacts
+from dgx_kvm_sw.model.domain import DomainFacts, Hostdev
 from dgx_kvm_sw.model.errors import BadFileError, HypervisorError
-from dgx_kvm_sw.model.pci import CpuSet
+from dgx_kvm_sw.model.pci import CpuSet, PciAddress
 from dgx_kvm_sw.model.spec import Firmware, NetworkKind
 
 Host = Callable[..., SimulatedHost]
@@ -78,6 +78,10 @@ def test_golden(
     assert xml + "\n" == file.read_text(encoding="utf-8")
 
 
+def source(hostdev: Hostdev) -> PciAddress:
+    return hostdev.source
+
+
 @pytest.mark.parametrize("features", [NEW, OLD])
 @pytest.mark.parametrize("case", CASES)
 def test_facts_survive_xml(
@@ -85,9 +89,7 @@ def test_facts_survive_xml(
 ) -> None:
     wanted = facts(case)
     definition = domainxml.render(templates, wanted, features)
-    assert definition.facts == replace(
-        wanted, hostdevs=tuple(sorted(wanted.hostdevs, key=lambda hostdev: hostdev.source))
-    )
+    assert definition.facts == replace(wanted, hostdevs=tuple(sorted(wanted.hostdevs, key=source)))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -199,7 +201,8 @@ def test_memory_is_bound_strictly_cell_by_cell(golden: Element) -> None:
 )
 def test_queues_are_one_for_each_vcpu_up_to_the_cap(case: str, queues: int) -> None:
     facts = domainxml.parse((GOLDEN / f"{case}.xml").read_text(encoding="utf-8"))
-    assert {device.queues for device in (*facts.disks, *facts.interfaces)} == {queues}
+    found = [disk.queues for disk in facts.disks]
+    assert set(found + [interface.queues for interface in facts.interfaces]) == {queues}
 
 
 def test_a_window_is_opened_for_devices_in_both_places(golden: Element) -> None:

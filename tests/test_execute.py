@@ -169,6 +169,24 @@ def test_an_apply_killed_again_and_again_ends_too(changing: SimulatedHost) -> No
     assert changing.state() == wanted
 
 
+@pytest.mark.parametrize("method", ["delete_volume", "undefine"])
+def test_a_deletion_killed_half_way_leaves_no_disk_behind(
+    changing: SimulatedHost, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """A disk without its VM would be given, with its data, to the next VM of that name."""
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SimulatedHypervisor, method, die)
+        assert in_child(lambda: changing.apply(ALL)) == signal.SIGKILL
+    assert changing.state().domain("gone") is not None
+    changing.settle(ALL)
+    assert changing.state().domain("gone") is None
+    assert [v.name for v in changing.state().volumes if v.name.startswith("gone.")] == []
+
+
 def test_a_mark_left_by_a_killed_apply_starts_nothing_by_hand(changing: SimulatedHost) -> None:
     """It was good for one start of one apply; the hook would let any `virsh start` pass."""
 

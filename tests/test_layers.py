@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "dgx_kvm_sw"
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 # Each part of the package, and the others that it may import; modules of a folder see each other.
-MAY_IMPORT = {
+MAY_IMPORT: dict[str, set[str]] = {
     "model": set(),
     "decide": {"model"},
     "access": {"model"},
@@ -27,7 +27,7 @@ MAY_IMPORT = {
 }
 
 # Each outside world, and the only modules that may open its door.
-DOORS = {
+DOORS: dict[str, set[str]] = {
     "subprocess": {"access/run.py"},
     "libvirt": {"guest/hypervisor.py"},
     "jinja2": {"guest/templates.py"},

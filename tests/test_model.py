@@ -104,7 +104,7 @@ def test_enums_print_as_their_values() -> None:
     class Color(StrEnum):
         RED = "red"
 
-    assert f"{Color.RED}" == str(Color.RED) == Color.RED == "red"
+    assert f"{Color.RED}" == str(Color.RED) == "red"
 
 
 def test_a_problem_points_at_its_place() -> None:

@@ -11,6 +11,7 @@ from dgx_kvm_sw.decide import placement as decide
 from dgx_kvm_sw.decide.capacity import capacities
 from dgx_kvm_sw.decide.devices import distance
 from dgx_kvm_sw.decide.plan import devices_of
+from dgx_kvm_sw.decide.search import gpu_indexes
 from dgx_kvm_sw.guest.problems import did_you_mean
 from dgx_kvm_sw.model.base import to_json
 from dgx_kvm_sw.model.domain import DomainStatus
@@ -108,7 +109,7 @@ def _standing(
     if _keeps(placement, held):
         waits = "" if placement.kept else " What the file changed comes with a restart."
         return f"It runs, and a VM that runs stays where it is.{waits}"
-    gpus = CpuSet.of(decide.gpu_indexes(situation.topology, devices_of(held.live or held.facts)))
+    gpus = CpuSet.of(gpu_indexes(situation.topology, devices_of(held.live or held.facts)))
     has = f"GPU{'s' if len(gpus) > 1 else ''} {gpus}" if gpus else "no GPU"
     return f"It runs with {has}; a restart gives it what follows."
 

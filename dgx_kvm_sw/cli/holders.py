@@ -6,8 +6,8 @@ import string
 from dataclasses import dataclass, replace
 
 from dgx_kvm_sw.decide.capacity import NodeCapacity, capacities
-from dgx_kvm_sw.decide.placement import gpu_indexes
 from dgx_kvm_sw.decide.plan import Intent, devices_of
+from dgx_kvm_sw.decide.search import gpu_indexes
 from dgx_kvm_sw.model.actions import Effect, VmPlan
 from dgx_kvm_sw.model.base import StrEnum
 from dgx_kvm_sw.model.domain import DomainFacts, DomainStatus

@@ -32,7 +32,8 @@ def room(situation: Situation) -> dict[int, int]:
         sample = _sample(situation, size)
         if isinstance(sample, VmSpec):
             samples[size] = sample
-    return placement.fits(situation.inputs, samples)
+    found = placement.fits(situation.inputs, samples)
+    return {size: room.count for size, room in found.items()}
 
 
 def fits(situation: Situation, view: View) -> str:
@@ -58,23 +59,21 @@ def fits_json(situation: Situation) -> dict[str, Any]:
 
 
 def _fits(situation: Situation) -> list[_Fit]:
-    search = placement.Search(situation.inputs)
-    ledger = search.ledger(search.run(search.order()))
     result = []
     for size in (*situation.platform.sizes, 0):
         sample = _sample(situation, size)
         if isinstance(sample, str):
             result.append(_Fit(size, 0, "", sample, ""))
             continue
-        more = placement.fits(situation.inputs, {size: sample})[size]
-        if found := search.best(sample, ledger):
-            result.append(_Fit(size, more, summary(found, situation.topology), "", ""))
-        else:
-            refused = search.unplaceable(sample, ledger)
-            reason = next(iter(refused.reasons), "")
-            if len(refused.reasons) > 1:
-                reason += f" (and {len(refused.reasons) - 1} more)"
-            result.append(_Fit(size, 0, "", reason, next(iter(refused.remedies), "")))
+        found = placement.fits(situation.inputs, {size: sample})[size]
+        if found.next:
+            get = summary(found.next, situation.topology)
+            result.append(_Fit(size, found.count, get, "", ""))
+        elif found.refused:
+            reasons = found.refused.reasons
+            more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+            remedy = next(iter(found.refused.remedies), "")
+            result.append(_Fit(size, 0, "", f"{reasons[0]}{more}", remedy))
     return result
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dgx_kvm_sw.decide.changes import same
-from dgx_kvm_sw.decide.placement import gpu_indexes, pinned
 from dgx_kvm_sw.decide.plan import Intent, devices_of
+from dgx_kvm_sw.decide.search import gpu_indexes, pinned
 from dgx_kvm_sw.model.domain import CurrentState, DomainFacts
 from dgx_kvm_sw.model.pci import CpuSet
 from dgx_kvm_sw.model.placement import GuestCell, Holding

@@ -80,6 +80,15 @@ class Unplaceable:
 
 
 @dataclass(frozen=True)
+class Room:
+    """How many more VMs of a kind would fit: what the first would get, or why there is none."""
+
+    count: int
+    next: Placement | None
+    refused: Unplaceable | None
+
+
+@dataclass(frozen=True)
 class Placements:
     """The answer for the whole file."""
 
