@@ -80,7 +80,8 @@ class Site:
         """Read vms.yaml and what belongs to it; remembers which text has passed the schema."""
         remembered = self.root.read(_VALIDATED, "")
         root = self.spec_root or self.root
-        spec = spec_file.load(root, self.spec_file, known_images.images, remembered)
+        known = known_images.images
+        spec = spec_file.load(root, self.spec_file, known, remembered, self.root)
         if spec.digest != remembered:
             with contextlib.suppress(HostError):  # only a memory: not root, or a full disk
                 self.root.write(_VALIDATED, spec.digest, sync=False)
@@ -173,13 +174,18 @@ class Situation:
     def sample_vm(self, gpus: int) -> VmSpec:
         """A VM of this size that says nothing more of itself, to ask what would still fit."""
         root = self.site.spec_root or self.site.root
-        return spec_file.sample_vm(root, self.site.spec_file, gpus)
+        return spec_file.sample_vm(root, self.site.spec_file, gpus, self.site.root)
 
 
-def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
-    """Read files, host and libvirt, place every VM, and render what has to be defined anew."""
+def gather(
+    site: Site, hypervisor: Hypervisor, intent: Intent, spec: HostSpec | None = None
+) -> Situation:
+    """Read files, host and libvirt, place every VM, and render what has to be defined anew.
+
+    `spec` stands for the files, so that a VM can be stopped when they are not readable.
+    """
     catalogue = images.catalogue(site.root)
-    spec = site.load_spec(catalogue)
+    spec = spec or site.load_spec(catalogue)
     platform, topology = platforms.survey(site.root)
     health = host_health.assess(topology, site.root, platform.fabric_model)
     current = read_current(hypervisor)

@@ -257,6 +257,25 @@ def test_a_wrong_name_among_right_ones_stops_nothing(eight: Host) -> None:
     assert eight("start vm-0").out == "vm-0 is running already\n"
 
 
+def test_a_vm_can_be_stopped_whatever_the_file_says(eight: Host) -> None:
+    eight("apply")
+    eight.declare("version: 2\n")
+    stop = eight("stop vm-0")
+    assert (stop.code, stop.last) == (0, "Done: 1 stopped.")
+    assert "has mistakes" in stop.err
+    assert eight("start vm-0").code == ExitCode.BAD_FILE
+
+
+def test_size_templates_are_the_machines_even_for_another_file(run: Host, tmp_path: Path) -> None:
+    template = run.root.path("/etc/dgx-kvm/templates/1-gpu.yaml")
+    template.parent.mkdir(parents=True)
+    text = (Path(__file__).parents[1] / "etc/dgx-kvm/templates/1-gpu.yaml").read_text()
+    template.write_text(text.replace("memory: 100%", "memory: 7GiB"))
+    other = tmp_path / "other.yaml"
+    other.write_text("version: 1\nvms: [{name: a, gpus: 1}]\n")
+    assert " 7 GiB on NUMA node" in run(f"-f {other} plan").out
+
+
 def test_a_simulated_vm_has_no_console(eight: Host) -> None:
     assert "has no console" in eight("console vm-0").err
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dgx_kvm_sw.access.files import Root
+from dgx_kvm_sw.cli.output import complain
 from dgx_kvm_sw.decide.plan import Intent
 from dgx_kvm_sw.model.errors import BadFileError, HostError, UsageError
+from dgx_kvm_sw.model.spec import NO_SPEC
 from dgx_kvm_sw.reconcile import SPEC_FILE, Site, Situation, gather
 
 TYPE_CHECKING = False
@@ -75,12 +77,25 @@ def gathered(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
 
 
 @contextlib.contextmanager
-def hold(site: Site, args: Namespace, intent: Intent) -> Iterator[Session]:
-    """Gather under the lock, which is held to the end, so that what is known stays true."""
+def hold(
+    site: Site, args: Namespace, intent: Intent, *, needs_file: bool = True
+) -> Iterator[Session]:
+    """Gather under the lock, which is held to the end, so that what is known stays true.
+
+    Without `needs_file` a file with mistakes is only complained about: nothing about stopping a
+    VM is written there.
+    """
     from dgx_kvm_sw.execute import locked_site
 
     with locked_site(site, args.verb, args.wait), site.hypervisor() as hypervisor:
-        yield Session(site, hypervisor, gathered(site, hypervisor, intent))
+        try:
+            situation = gathered(site, hypervisor, intent)
+        except BadFileError:
+            if needs_file:
+                raise
+            complain(f"{site.spec_file} has mistakes", "`dgx-kvm validate` shows them")
+            situation = gather(site, hypervisor, intent, NO_SPEC)
+        yield Session(site, hypervisor, situation)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def start(args: Namespace) -> int:
 
 def stop(args: Namespace) -> int:
     power = Power(args.timeout, args.force)
-    with hold(site_of(args), args, Intent()) as session:
+    with hold(site_of(args), args, Intent(), needs_file=False) as session:
         return _each(session, args, session.situation.stop_actions, power, PowerState.STOPPED)
 
 

@@ -65,15 +65,20 @@ class _Read:
 
 
 def load(
-    root: Root, spec_file: str, images: Collection[str] | None = None, validated: str = ""
+    root: Root,
+    spec_file: str,
+    images: Collection[str] | None = None,
+    validated: str = "",
+    templates: Root | None = None,
 ) -> HostSpec:
     """Read `spec_file` and the vms.d beside it; raises BadFileError with all their problems.
 
     `images` are the names an `image` may have; None leaves that unchecked. `validated` is the
     digest of a HostSpec that was loaded before: the schema check, most of the time that a load
-    takes, need not be repeated for the same texts.
+    takes, need not be repeated for the same texts. `templates` is the root of the size templates
+    where that is another one.
     """
-    read = _read_all(root, spec_file)
+    read = _read_all(root, spec_file, templates)
     schemas = {name: schema_text(name) for name in _SCHEMAS}
     found = digest(schemas, [(each.file, each.source.text) for each in read.everything])
     problems = [*_unreadable(read)]
@@ -89,7 +94,7 @@ def load(
     return _host_spec(read, found)
 
 
-def sample_vm(root: Root, spec_file: str, gpus: int) -> VmSpec:
+def sample_vm(root: Root, spec_file: str, gpus: int, templates: Root | None = None) -> VmSpec:
     """Return a VM that says nothing but its size, as `defaults` and the size's template make it.
 
     Raises BadFileError when they are wrong: nothing has looked at the template of a size that
@@ -99,7 +104,7 @@ def sample_vm(root: Root, spec_file: str, gpus: int) -> VmSpec:
     defaults = {key: value for key, value in main.mapping("defaults").items() if key != "tenant"}
     vm = {"name": f"{gpus}-gpu", "gpus": gpus}
     file = replace(main, value={"version": 1, "defaults": defaults, "vms": [vm]})
-    read = _Read((file,), {gpus: _size_template(root, gpus)})
+    read = _Read((file,), {gpus: _size_template(root, gpus, templates)})
     problems = [*_unreadable(read), *mistakes(read.files, read.sizes, None)]
     if not problems:
         try:
@@ -109,10 +114,11 @@ def sample_vm(root: Root, spec_file: str, gpus: int) -> VmSpec:
     raise BadFileError(tuple(problems))
 
 
-def _read_all(root: Root, spec_file: str) -> _Read:
+def _read_all(root: Root, spec_file: str, templates: Root | None) -> _Read:
     files = tuple(_document(root.path(file), file) for file in _files(root, spec_file))
     used = {vm.gpus for vm in vm_entries(files)}
-    return _Read(files, {size: _size_template(root, size) for size in SIZES if size in used})
+    sizes = [size for size in SIZES if size in used]
+    return _Read(files, {size: _size_template(root, size, templates) for size in sizes})
 
 
 def _files(root: Root, spec_file: str) -> Iterator[str]:
@@ -123,8 +129,8 @@ def _files(root: Root, spec_file: str) -> Iterator[str]:
             yield os.path.join(folder, name)
 
 
-def _size_template(root: Root, size: int) -> Document:
-    path = template_path(root, f"{size}-gpu.yaml")
+def _size_template(root: Root, size: int, templates: Root | None) -> Document:
+    path = template_path(templates or root, f"{size}-gpu.yaml")
     inside = path.is_relative_to(root.directory)
     return _document(path, f"/{path.relative_to(root.directory)}" if inside else str(path))
 

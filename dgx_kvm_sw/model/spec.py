@@ -137,3 +137,6 @@ class HostSpec:
     cpu_pool: HostShare  # what VMs without GPUs may use besides leftovers
     files: tuple[str, ...]  # read, in order
     digest: str  # of all that was read: the files and the size templates
+
+
+NO_SPEC = HostSpec((), (), HostShare(0, 0), HostShare(0, 0), (), "")
