@@ -41,7 +41,7 @@ integration: .cache/installed-test
 
 bench: .cache/installed-test
 	$(PYTHON) -m bench.placement
-	$(PYTHON) -m bench.speed
+	PYTHONPATH=tests $(PYTHON) -m bench.speed
 
 docs: .cache/installed-run
 	$(PYTHON) -m tools.documents build

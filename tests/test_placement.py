@@ -288,6 +288,14 @@ def test_pins_win_over_stopped_vms_whatever_the_order(sound: Sound) -> None:
         assert found["new"] == (taken,) and found["old"] != (taken,)
 
 
+def test_pins_win_over_stopped_vms_also_where_not_all_can_fit(sound: Sound) -> None:
+    before = declare(sound("dgx-h100"), *vms(*[1] * 8))
+    held = after(before, place(before), running=False)
+    (taken,) = chosen(before)["vm0"]
+    found = chosen(declare(held, *before.spec.vms, vm("new", 1, pin=(str(taken),))))
+    assert found["new"] == (taken,) and "vm0" not in found
+
+
 def test_a_stopped_vm_keeps_its_pin_against_one_that_lost_it(sound: Sound) -> None:
     """After a crash two definitions may hold one GPU; the one that is pinned to it has it."""
     inputs = sound("dgx2")
@@ -440,6 +448,27 @@ def test_leftovers_stay_used_on_every_later_run(sound: Sound, running: tuple[str
     held = tuple(holding(each, running=each.vm in running) for each in first.placed)
     again = place(replace(inputs, holdings=held))
     assert [each.vm for each in again.placed if each.kept] == ["small", "lean"]
+
+
+def test_a_running_vm_keeps_what_is_the_share_of_a_gpu_by_now(sound: Sound) -> None:
+    """The VM that had left it over is gone; the GPU is free and so would be its share."""
+    bare = with_pool(roomy(sound("dgx2")), 0, 0)
+    lean, small = vm("lean", 16, cpus=16, memory=64 * 1024), vm("small", 0, cpus=8, memory=8192)
+    first = place(declare(bare, small, lean))
+    held = tuple(holding(each, running=True) for each in first.placed if each.vm == "small")
+    alone = place(replace(declare(bare, small), holdings=held))
+    assert alone.placed == (replace(first.placed[0], kept=True),)
+    more = vm("small", 0, cpus=12, memory=8192)
+    (reason,) = place(replace(declare(bare, more), holdings=held)).unplaceable[0].reasons
+    assert "would eat into the share" in reason
+
+
+def test_a_new_vm_moves_no_stopped_one_without_gpus(sound: Sound) -> None:
+    before = declare(roomy(sound("dgx-b200")), vm("small", 0, cpus=2))
+    first = place(before)
+    held = after(before, first, running=False)
+    found = place(declare(held, *before.spec.vms, *vms(1, 1, 4)))
+    assert found.of("small") == replace(first.placed[0], kept=True)
 
 
 def test_numbers_larger_than_the_share_are_refused_while_gpus_are_free(sound: Sound) -> None:

@@ -422,6 +422,16 @@ def test_a_swap_by_pins_needs_restart_and_says_so(h100: SimulatedHost) -> None:
     assert not h100.plan().pending
 
 
+def test_what_a_restart_sets_free_is_given_away_in_the_same_plan(h100: SimulatedHost) -> None:
+    h100.declare("name: a, gpus: 1, nics: 8")
+    h100.settle()
+    h100.declare("name: a, gpus: 1, nics: 0", "name: b, gpus: 1, nics: 8")
+    assert [refused.vm for refused in h100.plan().unplaceable] == ["b"]
+    assert "--restart would make room" in h100.plan().unplaceable[0].remedies[0]
+    h100.settle(RESTART)
+    assert not h100.plan().pending
+
+
 def test_a_vm_that_loses_its_place_to_nobody_keeps_it(h100: SimulatedHost) -> None:
     """One that asks for the impossible is not stopped, so nobody may count on what it holds."""
     h100.declare("name: a, gpus: 1, pin: [0]")
