@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commandline import EIGHT, Host
 from hosts import SimulatedHost, share_machine
 
 from dgx_kvm_sw.access.files import Root
@@ -54,3 +55,18 @@ def host(machine: Callable[[str], Root], tmp_path: Path) -> Callable[..., Simula
         return SimulatedHost(Root(tmp_path / folder))
 
     return of
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Host:
+    """The command line on a simulated DGX-2 with no VM declared."""
+    host = Host(tmp_path / "machine", capsys)
+    host("validate")
+    return host
+
+
+@pytest.fixture
+def eight(run: Host) -> Host:
+    """The same with eight VMs of two GPUs declared."""
+    run.declare(EIGHT)
+    return run

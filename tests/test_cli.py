@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commandline import DGX_KVM, EIGHT, PROJECT, Host
+from commandline import DGX_KVM, PROJECT, Host
 
 from dgx_kvm_sw import __version__
 from dgx_kvm_sw.cli import arguments, main, overview, verbs
@@ -19,20 +19,6 @@ from dgx_kvm_sw.host import simulate
 from dgx_kvm_sw.model.errors import ExitCode
 from dgx_kvm_sw.model.spec import SIZES
 from dgx_kvm_sw.reconcile import LOCK
-
-
-@pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Host:
-    host = Host(tmp_path / "machine", capsys)
-    host("validate")
-    return host
-
-
-@pytest.fixture
-def eight(run: Host) -> Host:
-    run.declare(EIGHT)
-    return run
-
 
 # -- help ---------------------------------------------------------------------------------------
 

@@ -16,19 +16,6 @@ from dgx_kvm_sw.model.errors import ExitCode
 READS = [verb.name for verb in verbs.VERBS if verb.reads]
 
 
-@pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Host:
-    host = Host(tmp_path / "machine", capsys)
-    host("validate")
-    return host
-
-
-@pytest.fixture
-def eight(run: Host) -> Host:
-    run.declare(EIGHT)
-    return run
-
-
 # -- validate -----------------------------------------------------------------------------------
 
 
