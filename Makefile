@@ -16,7 +16,7 @@ TOOLS := .cache/tools
 RUN_PACKAGES := python3-libvirt python3-yaml python3-jinja2 python3-jsonschema python3-debian libvirt0
 TEST_PACKAGES := $(RUN_PACKAGES) man-db python3-pytest python3-pytest-xdist \
 	python3-hypothesis python3-numpy python3-venv mypy shellcheck libvirt-daemon-system \
-	libvirt-clients qemu-system-x86 qemu-utils ovmf seabios iproute2 procps
+	libvirt-clients libxml2-utils qemu-system-x86 qemu-utils ovmf seabios iproute2 procps
 # Pinned: a newer linter may not find new faults in old code on the day of a release.
 TOOL_PACKAGES := ruff==0.17.6 types-PyYAML==6.0.12.20261113 types-jsonschema==4.26.0.20261006
 

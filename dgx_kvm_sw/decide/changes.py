@@ -136,7 +136,8 @@ def _cells(facts: DomainFacts) -> str:
 
 def _disks(facts: DomainFacts) -> str:
     return _list(
-        f"{disk.target} {disk.path} ({disk.format}, IO thread {disk.iothread or 'none'})"
+        f"{disk.target} {disk.path} ({disk.format}, serial {disk.serial or 'none'},"
+        f" IO thread {disk.iothread or 'none'})"
         for disk in facts.disks
     )
 

@@ -99,6 +99,7 @@ def _disks(vm: VmSpec, pool_path: str, queues: int) -> tuple[DomainDisk, ...]:
             target=f"vd{chr(ord('a') + number)}",
             path=f"{pool_path}/{_volume_name(vm.name, disk)}",
             format="qcow2",
+            serial=disk,
             queues=queues,
             iothread=number % threads + 1 if threads else None,
         )

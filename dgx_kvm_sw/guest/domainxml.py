@@ -247,6 +247,7 @@ def _disks(domain: Element) -> tuple[DomainDisk, ...]:
                 target=target.get("dev", "") if target is not None else "",
                 path=source.get("file", source.get("dev", "")) if source is not None else "",
                 format=attributes.get("type", "raw"),
+                serial=_text(element, "serial"),
                 queues=int(attributes.get("queues", "1")),
                 iothread=int(iothread) if iothread else None,
             )

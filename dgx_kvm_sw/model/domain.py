@@ -45,6 +45,7 @@ class DomainDisk:
     target: str  # "vda"
     path: str
     format: str  # "qcow2", "raw"
+    serial: str  # the guest finds it as /dev/disk/by-id/virtio-SERIAL
     queues: int
     iothread: int | None
 
