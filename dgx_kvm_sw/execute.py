@@ -108,9 +108,11 @@ class _Run:
     failures: list[tuple[Action, DgxKvmError]] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
     held: dict[PciAddress, str] = field(default_factory=dict)
+    starting: dict[str, PreparePartition] = field(default_factory=dict)  # by VM
 
     def all(self, actions: tuple[Action, ...]) -> Outcome:
         self._journal({"event": "plan", "actions": len(actions)}, sync=True)
+        self.starting = {a.vm: a for a in actions if isinstance(a, PreparePartition)}
         for mark in self.site.root.names(PREPARED):  # of an apply that was killed
             self.site.root.remove(f"{PREPARED}/{mark}")
         for phase, group in itertools.groupby(actions, key=lambda action: action.phase):
@@ -151,6 +153,9 @@ class _Run:
     def _do(self, action: Action) -> None:
         match action:
             case ShutDownDomain():
+                if start := self.starting.get(action.vm):
+                    # What could not be started again is not stopped.
+                    self.fabric.verify(start.partition, start.devices)
                 power = self.power
                 self.hypervisor.shut_down(action.vm, action.uuid, power.timeout, force=power.force)
             case ReleasePartition():

@@ -34,7 +34,7 @@ from dgx_kvm_sw.model.base import digest
 from dgx_kvm_sw.model.domain import CurrentState, DomainDef, DomainFacts, DomainStatus
 from dgx_kvm_sw.model.errors import HostError, UsageError
 from dgx_kvm_sw.model.health import HealthReport
-from dgx_kvm_sw.model.pci import CpuSet
+from dgx_kvm_sw.model.pci import CpuSet, PciAddress
 from dgx_kvm_sw.model.placement import Placement, Placements, Unplaceable
 from dgx_kvm_sw.model.platform import Partition, Platform
 from dgx_kvm_sw.model.spec import HostSpec, VmSpec
@@ -177,15 +177,10 @@ class Situation:
         return spec_file.sample_vm(root, self.site.spec_file, gpus, self.site.root)
 
 
-def gather(
-    site: Site, hypervisor: Hypervisor, intent: Intent, spec: HostSpec | None = None
-) -> Situation:
-    """Read files, host and libvirt, place every VM, and render what has to be defined anew.
-
-    `spec` stands for the files, so that a VM can be stopped when they are not readable.
-    """
+def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
+    """Read files, host and libvirt, place every VM, and render what has to be defined anew."""
     catalogue = images.catalogue(site.root)
-    spec = spec or site.load_spec(catalogue)
+    spec = site.load_spec(catalogue)
     platform, topology = platforms.survey(site.root)
     health = host_health.assess(topology, site.root, platform.fabric_model)
     current = read_current(hypervisor)
@@ -215,7 +210,34 @@ def gather(
             if definition:
                 definitions[vm.name] = definition
     notes = (*catalogue.problems, *_disk_notes(desired, current))
-    return Situation(inputs, current, placements, tuple(desired), definitions, notes, site)
+    refused = tuple(_template_conflicts(desired, placements, inputs))
+    placements = replace(placements, unplaceable=(*placements.unplaceable, *refused))
+    names = {each.vm for each in refused}
+    kept = tuple(want for want in desired if want.facts.name not in names)
+    return Situation(inputs, current, placements, kept, definitions, notes, site)
+
+
+def _template_conflicts(
+    desired: list[Desired], placements: Placements, inputs: Inputs
+) -> Iterator[Unplaceable]:
+    """Refuse VMs whose template adds a host device that is not theirs to have.
+
+    What a template adds is only known when it has been rendered, so placement cannot count it.
+    """
+    holders = {device: each.vm for each in placements.placed for device in each.devices}
+    holders |= {device: held.vm for held in inputs.holdings for device in held.devices}
+    claimed: dict[PciAddress, str] = {}
+    for want in desired:
+        name, placed = want.facts.name, placements.of(want.facts.name)
+        for device in set(devices_of(want.facts)) - set(placed.devices if placed else ()):
+            other = next((v for v in (holders.get(device), claimed.get(device)) if v), name)
+            if other != name:
+                what = inputs.topology.device_name(device)
+                template = want.facts.owner.template if want.facts.owner else "its template"
+                reason = f"{template} adds {what}, which {other} holds"
+                yield Unplaceable(name, (reason,), ("take it out of the template",))
+                break
+            claimed[device] = name
 
 
 def read_current(hypervisor: Hypervisor) -> CurrentState:

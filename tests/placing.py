@@ -124,7 +124,7 @@ def _assert_given_once(inputs: Inputs, placed: Iterable[Placement]) -> None:
     devices = [address for each in placed for address in each.devices]
     assert len(cpus) == len(set(cpus))
     assert len(devices) == len(set(devices))
-    caps = capacities(inputs.topology, inputs.spec)
+    caps = capacities(inputs.topology, inputs.spec, inputs.platform.gpus)
     reserve = {cpu for cap in caps.values() for core in cap.reserve for cpu in core}
     assert not set(cpus) & reserve
     for each in placed:
@@ -160,7 +160,7 @@ def _assert_near(inputs: Inputs, placement: Placement) -> None:
     """CPUs and memory of a GPU VM are on nodes that serve its GPUs, and on no other."""
     if not placement.gpus:
         return
-    caps = capacities(inputs.topology, inputs.spec)
+    caps = capacities(inputs.topology, inputs.spec, inputs.platform.gpus)
     own = {g.pci.numa_node for g in inputs.topology.gpus if g.pci.address in placement.gpus}
     assert {caps[cell.host_node].serves for cell in placement.cells} == own
 

@@ -27,7 +27,7 @@ def sound(machine: Callable[[str], Root]) -> Sound:
 
 
 def of(inputs: Inputs, **shares: HostShare) -> dict[int, NodeCapacity]:
-    return capacities(inputs.topology, replace(inputs.spec, **shares))
+    return capacities(inputs.topology, replace(inputs.spec, **shares), inputs.platform.gpus)
 
 
 @pytest.mark.parametrize("name", MACHINES)

@@ -67,6 +67,11 @@ def test_tables_of_the_command_line_agree_with_those_of_the_program() -> None:
     assert {int(code) for code in ExitCode} | {130} == {code for code, _ in overview.EXIT_CODES}
 
 
+def test_every_exit_code_is_returned_by_something() -> None:
+    sources = [file.read_text() for file in (PROJECT / "dgx_kvm_sw").rglob("*.py")]
+    assert all(any(f"ExitCode.{code.name}" in text for text in sources) for code in ExitCode)
+
+
 # -- a wrong command line -----------------------------------------------------------------------
 
 

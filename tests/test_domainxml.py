@@ -390,6 +390,12 @@ def test_a_misspelt_element_is_refused_by_libvirt(host: Host) -> None:
         (SITE + "{% block extra_devices %}{{ 1 | nofilter }}{% endblock %}", "nofilter", 3),
         (SITE + "{% block extra_devices %}{{ 1 // 0 }}{% endblock %}", "zero", 3),
         (SITE + "{% block extra_devices %}{{ domain.name.foo() }}{% endblock %}", "foo", 3),
+        (SITE.replace("domain.xml", "nothing"), "it needs dist/nothing.j2, which is not there", 2),
+        (
+            SITE + '{% block extra_devices %}{% include ("a" ~ 1) %}{% endblock %}',
+            "it needs a1, which is not",
+            0,
+        ),
         ('{% extends "dist/domain.xml.j2" %}\n', "template_api", 1),
         (SITE.replace("api: 1", "api: 2"), "written for template_api 2, this is 1", 1),
         ("", "template_api", 1),

@@ -263,6 +263,18 @@ def test_a_failing_action_stops_its_vm_and_no_other(tmp_path: Path) -> None:
     assert outcome.done == len(plan.actions) - 2
 
 
+def test_what_could_not_be_started_again_is_not_stopped(tmp_path: Path) -> None:
+    host = SimulatedHost(own("dgx-h100", tmp_path))
+    host.declare("name: a, gpus: 1, pin: [0]")
+    host.settle()
+    host.declare("name: a, gpus: 1, pin: [0], vcpus: 8")
+    bind(host.root, host.situation.topology.gpus[0].pci.address, "nvidia")
+    outcome = host.apply(ALL)
+    assert happened(outcome.failures) == ["ShutDownDomain a"]
+    assert "is bound to nvidia" in outcome.failures[0][1].message
+    assert host.domain("a").running
+
+
 def test_a_start_that_fails_leaves_no_mark(h100: SimulatedHost) -> None:
     h100.declare("name: a, gpus: 1")
     h100.settle()

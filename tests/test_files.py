@@ -13,6 +13,7 @@ import pytest
 
 from dgx_kvm_sw.access import files
 from dgx_kvm_sw.access.files import Root, explained, locked, template_path, write_atomically
+from dgx_kvm_sw.guest.templates import Templates
 from dgx_kvm_sw.model.errors import BusyError, HostError
 
 
@@ -136,16 +137,19 @@ def test_a_file_in_the_way_of_a_folder_is_said(root: Root) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "hint"),
+    ("code", "path", "hint"),
     [
-        (errno.EACCES, "run the command as root"),
-        (errno.EROFS, "mount that file system writable and try again"),
-        (errno.EIO, ""),
+        (errno.EACCES, "/etc/x", "run the command as root"),
+        (errno.EPERM, "/run/x", "run the command as root"),
+        (errno.EACCES, "/home/me/x", "choose another directory, or run the command as root"),
+        (errno.EPERM, "x", "choose another directory, or run the command as root"),
+        (errno.EROFS, "/x", "mount that file system writable and try again"),
+        (errno.EIO, "/x", ""),
     ],
 )
-def test_errors_say_what_to_do(code: int, hint: str) -> None:
-    error = explained(OSError(code, os.strerror(code)), "write", Path("/x"))
-    assert error.message == f"cannot write /x: {os.strerror(code).lower()}"
+def test_errors_say_what_to_do(code: int, path: str, hint: str) -> None:
+    error = explained(OSError(code, os.strerror(code)), "write", Path(path))
+    assert error.message == f"cannot write {path}: {os.strerror(code).lower()}"
     assert error.hint == hint
 
 
@@ -251,6 +255,15 @@ def test_the_admins_template_goes_before_the_shipped_one(root: Root) -> None:
     root.write("/etc/dgx-kvm/templates/domain.xml.j2", "")
     assert template_path(root, "domain.xml.j2").is_relative_to(root.path("/etc"))
     assert files.pristine_template_path(root, "domain.xml.j2").is_relative_to(root.path("/usr"))
+
+
+def test_a_link_that_leads_nowhere_is_not_taken_for_the_shipped_template(root: Root) -> None:
+    link = root.path("/etc/dgx-kvm/templates/domain.xml.j2")
+    link.parent.mkdir(parents=True)
+    link.symlink_to("nowhere")
+    assert template_path(root, "domain.xml.j2") == link
+    with pytest.raises(HostError, match=r"cannot read the template .*: no such file"):
+        Templates(root).digest("domain.xml.j2")
 
 
 def test_a_template_that_is_nowhere_is_said(root: Root) -> None:

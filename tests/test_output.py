@@ -16,6 +16,7 @@ sys.path.insert(0, str(PROJECT))
 
 from dgx_kvm_sw.cli.output import View, counted, listed, view_of
 from dgx_kvm_sw.cli.verbs import EVERYWHERE, VERBS
+from dgx_kvm_sw.model.errors import Problem
 from tools import documents
 
 
@@ -88,6 +89,24 @@ def test_progress_is_one_line_on_a_terminal_and_gone_at_the_end(
     assert result.stdout.endswith(b"Done: 8 created, 8 started.\n")
 
 
+@pytest.mark.parametrize(
+    ("snippet", "columns", "carets"),
+    [
+        ("name: xyz", (7, 10), "      ^^^"),
+        ("名前: xyz", (5, 8), "      ^^^"),
+        ("name: 機械", (7, 9), "      ^^^^"),
+        ("e\u0301: xyz", (5, 8), "   ^^^"),
+        ("\tname: xyz", (8, 11), "\t      ^^^"),
+        ("name:", (8, 8), "       ^"),
+    ],
+)
+def test_carets_stand_below_what_they_mean(
+    snippet: str, columns: tuple[int, int], carets: str
+) -> None:
+    problem = Problem("f", 1, columns[0], 1, columns[1], "", "is wrong", "", snippet)
+    assert str(problem) == f"f:1:{columns[0]}: is wrong\n    {snippet}\n    {carets}"
+
+
 # -- man pages and completion -------------------------------------------------------------------
 
 
@@ -112,7 +131,7 @@ def test_the_manual_has_every_verb_and_option(build: Path) -> None:
     text = (build / "dgx-kvm.1").read_text().replace("\\-", "-")
     assert all(f"\n.SS dgx-kvm {verb.name}" in text for verb in VERBS)
     assert all(f"\\fB{name}\\fR" in text for names, _, _ in EVERYWHERE for name in names)
-    assert all(f"\n\\fB{code}\\fR\n" in text for code in (0, 1, 2, 64, 65, 75, 78))
+    assert all(f"\n\\fB{code}\\fR\n" in text for code in (0, 1, 2, 64, 65, 75, 130))
 
 
 def test_the_example_in_vms_yaml_5_is_right(

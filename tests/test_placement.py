@@ -101,7 +101,7 @@ def test_a_share_is_the_vms_part_of_the_machine(sound: Sound, name: str) -> None
     for size in inputs.platform.sizes[:-1]:
         assert found[2 * size].vcpus >= 2 * found[size].vcpus
         assert found[2 * size].memory_mib >= 2 * found[size].memory_mib
-    caps = capacities(inputs.topology, inputs.spec).values()
+    caps = capacities(inputs.topology, inputs.spec, inputs.platform.gpus).values()
     threads = inputs.topology.threads_per_core
     assert found[total].vcpus == threads * sum(cap.gpu_cores for cap in caps)
     half = place(declare(inputs, vm("a", total, cpus=Share(0.5), memory=Share(0.5)))).placed[0]
@@ -492,7 +492,7 @@ def test_numbers_larger_than_the_share_may_use_what_no_gpu_waits_for(sound: Soun
 
 def test_a_vm_without_gpus_prefers_a_node_without(sound: Sound) -> None:
     (placed,) = place(declare(roomy(sound("dgx-a100")), vm("a", 0))).placed
-    caps = capacities(sound("dgx-a100").topology, sound("dgx-a100").spec)
+    caps = capacities(sound("dgx-a100").topology, sound("dgx-a100").spec, 8)
     assert [caps[cell.host_node].gpus for cell in placed.cells] != []
     with_gpus = {g.pci.numa_node for g in sound("dgx-a100").topology.gpus}
     assert not {cell.host_node for cell in placed.cells} & with_gpus
@@ -645,7 +645,7 @@ def test_foreign_devices_are_taken_even_while_their_domain_is_stopped(sound: Sou
 
 def test_foreign_cpus_are_taken_by_whole_cores(sound: Sound) -> None:
     inputs = sound("dgx-b200")
-    core = capacities(inputs.topology, inputs.spec)[0].cores[3]
+    core = capacities(inputs.topology, inputs.spec, inputs.platform.gpus)[0].cores[3]
     cell = GuestCell(0, ((core[1],),), 0)
     inputs = declare(foreign(inputs, cells=(cell,)), *vms(4, 2, 1))
     used = {cpu for p in place(inputs).placed for c in p.cells for one in c.cores for cpu in one}
@@ -692,7 +692,7 @@ def test_the_page_size_follows_the_pools_or_the_file(
 
 def test_pages_that_are_not_there_are_not_free(sound: Sound) -> None:
     inputs = declare(with_pages(sound("dgx2")), vm("a", 1, hugepages=Hugepages.GIB1, memory=4096))
-    assert "has 0 GiB in 1 GiB pages free, 4 GiB are needed" in refused(inputs, "a").reasons[0]
+    assert "has no pages of 1 GiB" in refused(inputs, "a").reasons[0]
 
 
 def test_memory_is_whole_pages(sound: Sound) -> None:

@@ -256,7 +256,10 @@ def test_fifteen_of_sixteen_gpus(tmp_path: Path) -> None:
     assert platform.notes == ("15 of 16 GPUs are found; missing: physical id 3.",)
     assert len(platform.of_size(1)) == 15
     assert not by_id(platform).keys() & {0, 1, 6, 10}
-    assert by_id(platform)[11].gpus == (5, 6)  # indexes close up, physical ids do not
+    assert by_id(platform)[11].gpus == (6, 7)  # the index of the GPU that is gone stays free
+    assert [gpu.index for gpu in topology.gpus] == [i for i in range(16) if i != 5]
+    root.path(PHYSICAL_IDS).unlink()  # without a record of the whole machine they close up
+    assert [gpu.index for gpu in survey(root)[1].gpus] == list(range(15))
 
 
 def test_fifteen_of_sixteen_gpus_without_physical_ids(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hosts import SimulatedHost
+from machines import own, unplug
 
 from dgx_kvm_sw.decide.plan import Intent
 from dgx_kvm_sw.model.actions import PreparePartition, ShutDownDomain, StartDomain
@@ -171,3 +173,75 @@ def test_a_stop_releases_what_runs_and_a_start_takes_what_is_defined(at: Simulat
     at.plan()
     _, release, prepare, _ = at.situation.restart_actions("a")
     assert len(getattr(prepare, "devices")) > len(getattr(release, "devices"))  # noqa: B009
+
+
+def test_growth_of_a_running_vm_is_refused_as_it_would_be_for_a_new_one(at: SimulatedHost) -> None:
+    """Its own GPUs do not hide the GPUs that wait, and no other place is offered to it."""
+    at.declare("name: a, gpus: 1, state: running")
+    at.settle()
+    before = at.domain("a").facts
+    at.declare("name: a, gpus: 1, vcpus: 40")
+    for intent in (Intent(), Intent(restart=True)):
+        (refused,) = at.plan(intent).unplaceable
+        assert "would eat into the share" in refused.reasons[0]
+    at.apply()
+    assert at.domain("a").facts == before
+
+
+def test_a_gpu_that_is_gone_moves_no_number_no_vm_and_no_share(tmp_path: Path) -> None:
+    host = SimulatedHost(own("dgx2", tmp_path))
+    host.declare(
+        "name: p, gpus: 1, pin: [8]", "name: q, gpus: 2, pin: [10, 11]", "name: r, gpus: 1"
+    )
+    host.settle()
+    holders = {a for d in host.state().domains for h in d.facts.hostdevs for a in (h.source,)}
+    free = [g.pci.address for g in host.situation.topology.gpus if g.pci.address not in holders]
+    unplug(host.root, free[0])
+    assert not host.plan(Intent(restart=True)).pending
+    host.declare("name: p, gpus: 1, pin: [8]", "name: n, gpus: 1")
+    assert "4 threads, 86 GiB" in host.row("n").summary
+
+
+def test_a_defined_vm_without_gpus_keeps_what_it_has(at: SimulatedHost) -> None:
+    at.declare("name: a, gpus: 8", "name: c, gpus: 0, vcpus: 8")
+    at.settle()
+    at.declare("name: a, gpus: 8, state: stopped", "name: c, gpus: 0, vcpus: 8, state: stopped")
+    at.settle(Intent(restart=True))
+    at.declare("name: n, gpus: 4", "name: c, gpus: 0, vcpus: 8, state: stopped")
+    at.settle(Intent(restart=True, prune=True))
+    assert not at.plan().pending
+
+
+ADDS_A_GPU = """{#- template_api: 1 -#}
+{% extends "dist/domain.xml.j2" %}
+{% block extra_devices %}<hostdev mode="subsystem" type="pci" managed="no"><source>
+<address domain="0" bus="0x43" slot="0" function="0"/></source></hostdev>{% endblock %}
+"""
+
+
+def test_a_template_cannot_give_away_what_another_vm_has(at: SimulatedHost) -> None:
+    at.template("site.xml.j2", ADDS_A_GPU)
+    at.declare("name: a, gpus: 1, pin: [1]", "name: b, gpus: 0, template: site.xml.j2")
+    (refused,) = at.plan().unplaceable
+    assert refused.vm == "b"
+    assert refused.reasons == ("site.xml.j2 adds GPU 1 (0000:43:00.0), which a holds",)
+    at.settle()
+    assert [domain.name for domain in at.state().domains] == ["a"]
+
+
+def test_a_new_vm_of_an_old_name_names_the_disks_it_takes(at: SimulatedHost) -> None:
+    at.declare("name: a, gpus: 0")
+    at.settle()
+    at.declare()
+    gone = at.row("a", Intent(restart=True, prune=True))
+    assert ("disks", "kept") in [(change.field, change.new) for change in gone.changes]
+    at.settle(Intent(restart=True, prune=True))
+    at.declare("name: a, gpus: 0")
+    (change,) = at.row("a").changes
+    assert (change.field, change.old, change.new) == ("disks", "a.os.qcow2", "used as they are")
+
+
+def test_pages_that_a_node_has_not_are_named(at: SimulatedHost) -> None:
+    at.declare("name: a, gpus: 1, hugepages: 2MiB")
+    (refused,) = at.plan().unplaceable
+    assert "has no pages of 2 MiB" in refused.reasons[0]

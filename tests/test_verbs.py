@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import stat
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 from commandline import EIGHT, Host
 
 from dgx_kvm_sw.cli import verbs
+from dgx_kvm_sw.host.health import QUARANTINE
 from dgx_kvm_sw.model.errors import ExitCode
+from dgx_kvm_sw.reconcile import POOL_PATH
 
 READS = [verb.name for verb in verbs.VERBS if verb.reads]
 
@@ -142,6 +145,20 @@ def test_diff_speaks_the_words_of_the_file_or_xml(eight: Host) -> None:
     assert [row["vm"] for row in eight("diff --json").json["vms"]] == ["vm-3"]
 
 
+@pytest.mark.parametrize("verb", ["status", "explain vm-0", "fits", "topology"])
+def test_quiet_says_nothing_when_nothing_is_wrong(verb: str, eight: Host) -> None:
+    result = eight(f"{verb} -q")
+    assert (result.code, result.out, result.err) == (0, "", "")
+
+
+def test_a_machine_without_devices_is_no_error(eight: Host) -> None:
+    eight("apply")
+    shutil.rmtree(eight.root.path("/sys"))
+    for verb in ("status", "fits", "topology", "plan", "explain vm-0"):
+        assert "please report it" not in eight(verb).err
+    assert "vm-0" in eight("status").out
+
+
 def test_quiet_leaves_the_exit_code(eight: Host) -> None:
     for command, code in (("plan -q", 2), ("diff -q", 2), ("apply -q", 0), ("plan -q", 0)):
         result = eight(command)
@@ -193,6 +210,26 @@ def test_a_saved_plan_knows_its_file(run: Host, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["/dev/null", "."])
 def test_a_plan_replaces_no_device(target: str, run: Host) -> None:
     assert run(f"plan -o {target}").code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize("target", ["vms.yaml", "empty", "no-plan.json", "nothing/plan.json"])
+def test_a_plan_replaces_only_a_plan(target: str, eight: Host, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "no-plan.json").write_text('{"version": 1}')
+    (tmp_path / "vms.yaml").write_text(EIGHT)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    result = eight(f"plan -o {tmp_path / target}")
+    assert result.code == ExitCode.USAGE
+    assert str(tmp_path / Path(target).parts[0]) in result.err
+    assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_plan_replaces_an_older_one(eight: Host, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert eight(f"plan -o {tmp_path / 'plan.json'}").code == ExitCode.CHANGES
+        eight.declare(EIGHT.replace("vm-3", "vm-x"))
+    assert eight(f"apply {tmp_path / 'plan.json'}").code == 0
 
 
 def test_a_saved_plan_keeps_its_options(eight: Host, tmp_path: Path) -> None:
@@ -253,6 +290,24 @@ def test_a_vm_can_be_stopped_whatever_the_file_says(eight: Host) -> None:
     assert eight("start vm-0").code == ExitCode.BAD_FILE
 
 
+def test_a_vm_can_be_stopped_whatever_is_broken(eight: Host) -> None:
+    eight("apply")
+    eight.spec.unlink()
+    stop = eight("stop vm-0")
+    assert (stop.code, stop.last) == (0, "Done: 1 stopped.")
+    assert f"there is no file {eight.spec}" in stop.err
+    eight.declare(EIGHT)
+    for number, broken in enumerate((QUARANTINE, "/etc/machine-id"), start=1):
+        before = eight.root.read(broken, "")
+        eight.root.write(broken, "{")
+        stop = eight(f"stop vm-{number}")
+        assert (stop.code, stop.last) == (0, "Done: 1 stopped.")
+        assert str(eight.root.path(broken)) in stop.err
+        assert eight(f"start vm-{number}").code == ExitCode.FAILED
+        eight.root.write(broken, before or '{"devices": []}')
+    assert eight("stop nobody").code == ExitCode.USAGE
+
+
 def test_size_templates_are_the_machines_even_for_another_file(run: Host, tmp_path: Path) -> None:
     template = run.root.path("/etc/dgx-kvm/templates/1-gpu.yaml")
     template.parent.mkdir(parents=True)
@@ -282,9 +337,13 @@ def test_create_and_delete_leave_nothing_behind(eight: Host) -> None:
     refused = eight("delete lab")
     assert (refused.code, "--stop" in refused.err) == (ExitCode.FAILED, True)
     kept = eight("delete lab --stop")
-    assert "Its disks stay:\n  /var/lib/dgx-kvm/images/lab.os.qcow2" in kept.out
-    assert eight("create lab --gpus 2").code == 0
-    assert eight("delete lab --stop --delete-disks").last == "Done: 1 deleted."
+    assert f"Its disks stay:\n  {POOL_PATH}/lab.data.qcow2\n  {POOL_PATH}/lab.os" in kept.out
+    again = eight("create lab --gpus 2")
+    assert again.code == 0
+    assert f"Note: lab takes the disk {POOL_PATH}/lab.os.qcow2 as it is\n" in again.out
+    assert "lab.os.qcow2 was made from" in again.out  # what plan would note too
+    gone = eight("delete lab --stop --delete-disks")
+    assert gone.out == f"Its disks are deleted:\n  {POOL_PATH}/lab.os.qcow2\nDone: 1 deleted.\n"
     assert _state(eight) - {"/libvirt/volumes/lab.data.qcow2"} == before
 
 
@@ -308,6 +367,9 @@ def _state(host: Host) -> set[str]:
         ("--gpus 2 --pin 8", ExitCode.USAGE, "--pin"),
         ("--gpus 1 --pin [8", ExitCode.USAGE, "--pin"),
         ('--gpus 1 --image "},x:{', ExitCode.USAGE, "--image"),
+        ("--gpus 1 --image 12", ExitCode.USAGE, "--image: there is no image '12'"),
+        ("--gpus 1 --tenant 12", ExitCode.USAGE, "--tenant: there is no tenant '12'"),
+        ("--gpus 1 --vcpus many", ExitCode.USAGE, "--vcpus: 'many' is not"),
     ],
 )
 def test_a_create_that_is_refused_leaves_nothing(
@@ -320,6 +382,43 @@ def test_a_create_that_is_refused_leaves_nothing(
     assert result.code == code
     assert message in result.err
     assert _state(eight) == before
+
+
+def test_delete_takes_no_disk_of_another_vm(run: Host) -> None:
+    """A site template may attach a disk of the pool that others use too."""
+    run.root.write(
+        "/etc/dgx-kvm/templates/site.xml.j2",
+        '{#- template_api: 1 -#}\n{% extends "dist/domain.xml.j2" %}\n{% block extra_devices %}'
+        f'<disk type="file" device="disk"><source file="{POOL_PATH}/other.os.qcow2"/>'
+        '<target dev="vdz" bus="virtio"/></disk>{% endblock %}\n',
+    )
+    run.declare("version: 1\nvms: [{name: other, gpus: 1}]\n")
+    run("apply")
+    run("create lab --gpus 1 --stopped")
+    with run.root.path("/etc/dgx-kvm/vms.d/lab.yaml").open("a") as file:
+        file.write("    template: site.xml.j2\n")
+    run("apply")
+    assert "other.os.qcow2" in run.root.read("/libvirt/domains/lab.json")
+    gone = run("delete lab --delete-disks")
+    assert (gone.code, "other.os.qcow2" in gone.out) == (0, False)
+    assert run.root.names("/libvirt/volumes") == ["other.os.qcow2"]
+
+
+def test_create_takes_no_vm_that_is_there_already(run: Host) -> None:
+    run("create lab --gpus 1")
+    run.root.remove("/etc/dgx-kvm/vms.d/lab.yaml")
+    before = _state(run)
+    result = run("create lab --gpus 1")
+    assert result.code == ExitCode.USAGE
+    assert "lab exists and is no longer declared\n" in result.err
+    assert "`dgx-kvm apply --prune`" in result.err
+    assert _state(run) == before
+
+
+@pytest.mark.parametrize("name", ["123", "true", "null", "1e3", "0x1f", "no"])
+def test_a_vm_may_have_any_name(name: str, run: Host) -> None:
+    assert run(f"create {name} --gpus 1 --disk {name}=5GiB").last == "Done: 1 created, 1 started."
+    assert run("plan").code == 0
 
 
 def test_create_changes_nothing_else(eight: Host) -> None:

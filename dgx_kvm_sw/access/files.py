@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dgx_kvm_sw.model.errors import BusyError, HostError
+from dgx_kvm_sw.model.errors import BusyError, HostError, NoTemplateError
 
 
 class Root:
@@ -93,12 +93,22 @@ def _write_whole(descriptor: int, data: bytes) -> None:
 _SOURCE_TREE = Path(__file__).parents[2] / "etc/dgx-kvm/templates"
 _LOCK_POLL_SECONDS = 0.1
 _PRISTINE = "/usr/share/dgx-kvm/templates"
+_MACHINES_OWN = ("/boot", "/dev", "/etc", "/proc", "/run", "/sys", "/usr", "/var")
 
 
 def template_path(root: Root, name: str) -> Path:
-    """Find a template: the admin's own, else the pristine one; raises HostError without either."""
+    """Find a template: the admin's own, else the pristine one; raises HostError without either.
+
+    A link of the admin's that leads nowhere counts as there: reading it fails, and says so.
+    """
     admins = root.path("/etc/dgx-kvm/templates") / name
-    return admins if admins.exists() else pristine_template_path(root, name)
+    try:
+        admins.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return pristine_template_path(root, name)
+    except OSError as error:
+        raise explained(error, "read", admins) from error
+    return admins
 
 
 def pristine_template_path(root: Root, name: str) -> Path:
@@ -109,7 +119,7 @@ def pristine_template_path(root: Root, name: str) -> Path:
     for folder in (root.path(_PRISTINE), _SOURCE_TREE, Path(_PRISTINE)):
         if (folder / name).exists():
             return folder / name
-    raise HostError(
+    raise NoTemplateError(
         f"there is no template {name!r} in {root.path('/etc/dgx-kvm/templates')} or {_PRISTINE}",
         "name a template that is there, or reinstall the package dgx-kvm-sw",
     )
@@ -184,10 +194,13 @@ def _lock(descriptor: int, wait: float) -> None:
 
 def explained(error: OSError, doing: str, path: Path) -> HostError:
     """Turn an OSError into one sentence with a next step."""
+    become_root = "run the command as root"
+    if not path.is_absolute() or f"/{path.parts[1]}" not in _MACHINES_OWN:
+        become_root = f"choose another directory, or {become_root}"
     hints = {
         errno.ENOSPC: "free some space on that file system and try again",
-        errno.EACCES: "run the command as root",
-        errno.EPERM: "run the command as root",
+        errno.EACCES: become_root,
+        errno.EPERM: become_root,
         errno.EROFS: "mount that file system writable and try again",
     }
     reason = (error.strerror or str(error)).lower()

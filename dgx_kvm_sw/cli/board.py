@@ -86,6 +86,8 @@ def boards(situation: Situation, held: Holders, width: int) -> list[Line]:
     """Draw all NUMA nodes, as many side by side as `width` allows, then what the signs mean."""
     signs = Signs(situation, held)
     panels = [_panel(situation, use) for use in _in_gpu_order(situation, held.nodes)]
+    if not panels:
+        return []
     with_gpus = [panel for panel in panels if panel.groups]
     cell, columns = _layout(with_gpus or panels, width)
     room = (width - GAP * (columns - 1)) // columns

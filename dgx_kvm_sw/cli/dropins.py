@@ -14,6 +14,7 @@ from dgx_kvm_sw.cli import plans
 from dgx_kvm_sw.cli.output import counted, listed, say, view_of
 from dgx_kvm_sw.cli.progress import Report, carry_out, exit_code, result
 from dgx_kvm_sw.cli.session import Session, gathered, hold, site_of
+from dgx_kvm_sw.decide.domain import own_disks
 from dgx_kvm_sw.decide.plan import Intent
 from dgx_kvm_sw.execute import Power
 from dgx_kvm_sw.model.actions import UndefineDomain, Verb
@@ -21,9 +22,9 @@ from dgx_kvm_sw.model.domain import DomainStatus
 from dgx_kvm_sw.model.errors import BadFileError, DgxKvmError, UsageError
 from dgx_kvm_sw.reconcile import Site, Situation
 
-_PLAIN = re.compile(r"(?!(?:true|false|null)$)[A-Za-z][A-Za-z0-9._-]*|[0-9]+[KMGT]iB|[0-9]{1,9}")
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _HEAD = "# Made by `dgx-kvm create`. Edit it as you like; `dgx-kvm delete {name}` takes it away.\n"
-_OPTIONS = {"vcpus": "--vcpus", "disks": "--disk", "networks": "--network"}
+_OPTIONS = {"name": "NAME", "disks": "--disk", "networks": "--network"}
 
 
 def create(args: Namespace) -> int:
@@ -52,6 +53,13 @@ def _check_is_new(situation: Situation, name: str) -> None:
             raise UsageError(
                 f"{name} is declared already, at {vm.source}", "choose another name, or edit it"
             )
+    held = situation.current.domain(name)
+    if held and held.managed:
+        raise UsageError(
+            f"{name} exists and is no longer declared",
+            "declare it in a file again to keep it, or delete it with `dgx-kvm apply --prune`;"
+            " or choose another name",
+        )
 
 
 @contextlib.contextmanager
@@ -97,7 +105,9 @@ def _make(session: Session, args: Namespace, file: str) -> int:
     actions = tuple(action for action in plan.actions if action.vm == args.name)
     others = [row.vm for row in plan.vms if row.vm != args.name]
     row = next(row for row in plan.vms if row.vm == args.name)
-    say("\n".join(plans.vm_lines(row, view_of(None))), quiet=args.quiet)
+    notes = [*_taken_disks(session.situation, args.name), *plan.notes]
+    lines = [*plans.vm_lines(row, view_of(None)), *(f"Note: {note}" for note in notes)]
+    say("\n".join(lines), quiet=args.quiet)
     report = carry_out(session, actions, quiet=args.quiet)
     code = exit_code(report)
     if others:
@@ -109,22 +119,35 @@ def _make(session: Session, args: Namespace, file: str) -> int:
     return code
 
 
+def _taken_disks(situation: Situation, name: str) -> Iterator[str]:
+    """Name the disks that an earlier VM of this name left; they are taken with what they hold."""
+    have = {volume.path for volume in situation.current.volumes}
+    for want in situation.desired:
+        if want.facts.name == name:
+            taken = [volume.path for volume in want.volumes if volume.path in have]
+            yield from (f"{name} takes the disk {path} as it is" for path in taken)
+
+
 # -- the text of a file -------------------------------------------------------------------------
 
 
 def _text(args: Namespace) -> str:
     """Return a file that declares the VM as the options say."""
-    lines = [_HEAD.format(name=args.name), "vms:", f"  - name: {_scalar(args.name)}"]
+    lines = [_HEAD.format(name=args.name), "vms:", f"  - name: {json.dumps(args.name)}"]
     lines.append(f"    gpus: {args.gpus}")
-    for key in ("vcpus", "memory", "image", "tenant"):
+    if args.vcpus is not None:
+        lines.append(f"    vcpus: {_number(args.vcpus)}")
+    for key in ("memory", "image", "tenant"):
         value = getattr(args, key)
         if value is not None:
-            lines.append(f"    {key}: {_scalar(value)}")
+            lines.append(f"    {key}: {json.dumps(value)}")
     if args.pin:
-        pins = ", ".join(_scalar(pin.strip()) for pin in args.pin.split(","))
+        pins = ", ".join(_number(pin.strip()) for pin in args.pin.split(","))
         lines.append(f"    pin: [{pins}]")
-    lines += _list("disks", [f"name: {_scalar(n)}, size: {_scalar(s)}" for n, s in args.disks])
-    lines += _list("networks", [f"{_scalar(kind)}: {_scalar(n)}" for kind, n in args.networks])
+    disks = [(json.dumps(name), json.dumps(size)) for name, size in args.disks]
+    lines += _list("disks", [f"name: {name}, size: {size}" for name, size in disks])
+    networks = [(json.dumps(kind), json.dumps(name)) for kind, name in args.networks]
+    lines += _list("networks", [f"{kind}: {name}" for kind, name in networks])
     if args.stopped:
         lines.append("    state: stopped")
     return "\n".join(lines) + "\n"
@@ -134,9 +157,12 @@ def _list(key: str, items: list[str]) -> list[str]:
     return [f"    {key}:", *(f"      - {{{item}}}" for item in items)] if items else []
 
 
-def _scalar(text: str) -> str:
-    """A word as YAML; what could be anything but a plain word or number gets quotes."""
-    return text if _PLAIN.fullmatch(text) else json.dumps(text)
+def _number(text: str) -> str:
+    """Words as YAML where a number is wanted; what is none is quoted, and refused as it was typed.
+
+    Everything else is a string and always quoted: a VM may be called 123 or true.
+    """
+    return text if _NUMBER.fullmatch(text) else json.dumps(text)
 
 
 # -- delete -------------------------------------------------------------------------------------
@@ -180,8 +206,7 @@ def _check_is_from_create(situation: Situation, name: str, file: str) -> None:
 def _take_down(session: Session, held: DomainStatus, args: Namespace) -> Report:
     if held.running and not args.stop:
         raise DgxKvmError(f"{held.name} is running", "--stop shuts it down first")
-    ours = {volume.path for volume in session.situation.current.volumes}
-    disks = tuple(disk.path for disk in held.facts.disks if disk.path in ours)
+    disks = own_disks(held, session.situation.current.volumes)
     doomed = disks if args.delete_disks else ()
     actions = (
         *session.situation.stop_actions(held.name),
@@ -189,7 +214,8 @@ def _take_down(session: Session, held: DomainStatus, args: Namespace) -> Report:
     )
     power = Power(args.timeout, args.force)
     report = carry_out(session, actions, power, quiet=args.quiet)
-    if disks and not doomed and not exit_code(report):
-        lines = ["Its disks stay:", *(f"  {disk}" for disk in disks)]
+    if disks and not exit_code(report):
+        title = "Its disks are deleted:" if doomed else "Its disks stay:"
+        lines = [title, *(f"  {disk}" for disk in disks)]
         say("\n".join(lines), quiet=args.quiet)
     return report

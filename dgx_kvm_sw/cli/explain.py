@@ -284,7 +284,7 @@ def _why_nodes(situation: Situation, vm: VmSpec, placement: Placement) -> str:
     nodes = CpuSet.of(cell.host_node for cell in placement.cells)
     if len(nodes) > 1:
         return f"No NUMA node alone has room for it, so it spans nodes {nodes}."
-    caps = capacities(situation.topology, situation.spec)
+    caps = capacities(situation.topology, situation.spec, situation.platform.gpus)
     if any(not cap.gpus for cap in caps.values()) and not caps[next(iter(nodes))].gpus:
         return f"NUMA node {nodes} serves no GPU and has the least room that is enough."
     return f"NUMA node {nodes} has the least room that is enough; others stay free for larger VMs."

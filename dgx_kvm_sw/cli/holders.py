@@ -106,7 +106,7 @@ def holders(situation: Situation) -> Holders:
             key = held, cell.host_node
             in_use = memory.get((Held(holding.vm, True), cell.host_node), 0)
             memory[key] = max(memory.get(key, 0), cell.memory_mib - (0 if held.in_use else in_use))
-    caps = capacities(situation.topology, situation.spec)
+    caps = capacities(situation.topology, situation.spec, situation.platform.gpus)
     nodes = tuple(
         _node_use(node, caps[node.id], cpus, memory)
         for node in situation.topology.numa_nodes

@@ -50,7 +50,8 @@ def explain(args: Namespace) -> ExitCode:
     if args.json:
         say_json(show.explain_json(situation, args.name))
     else:
-        say(show.explain(situation, args.name, view_of(sys.stdout, args.no_color)))
+        text = show.explain(situation, args.name, view_of(sys.stdout, args.no_color))
+        say(text, quiet=args.quiet)
     return ExitCode.OK
 
 
@@ -59,7 +60,7 @@ def fits(args: Namespace) -> ExitCode:
     if args.json:
         say_json(show.fits_json(situation))
     else:
-        say(show.fits(situation, view_of(sys.stdout, args.no_color)))
+        say(show.fits(situation, view_of(sys.stdout, args.no_color)), quiet=args.quiet)
     return ExitCode.OK
 
 
@@ -70,5 +71,6 @@ def topology(args: Namespace) -> ExitCode:
     if args.json:
         say_json(show.topology_json(found, platform, health))
     else:
-        say(show.topology(found, platform, health, view_of(sys.stdout, args.no_color)))
+        text = show.topology(found, platform, health, view_of(sys.stdout, args.no_color))
+        say(text, quiet=args.quiet)
     return ExitCode.OK

@@ -21,7 +21,6 @@ EXIT_CODES = (
     (64, "the command line is wrong"),
     (65, "a file you wrote is wrong"),
     (75, "another command is changing the VMs; try again later"),
-    (78, "what was asked for cannot be undone"),
     (130, "interrupted with Ctrl-C"),
 )
 EXAMPLES = (

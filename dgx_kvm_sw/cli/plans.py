@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os.path
 from collections.abc import Iterator
@@ -139,14 +140,28 @@ def save(
 ) -> None:
     """Write a plan for `apply`; it names tenants and disks, so it is for its owner only."""
     real = os.path.realpath(path)
-    if os.path.exists(real) and not os.path.isfile(real):
-        raise UsageError(f"{path} is not a file that a plan could replace", "name another file")
+    _check_replaceable(path, real)
     document = {
         "version": _VERSION,
         "file": os.path.abspath(spec_file) if spec_file else None,
         **plan_json(plan, situation, intent),
     }
     write_atomically(Path(real), json.dumps(document, indent=1) + "\n", 0o600)
+
+
+def _check_replaceable(path: str, real: str) -> None:
+    """Raise unless a plan may be written there: only an older plan is ever replaced."""
+    if not os.path.exists(real):
+        if not os.path.isdir(folder := os.path.dirname(real)):
+            raise UsageError(f"there is no directory {folder}", "make it, or name another file")
+        return
+    if os.path.isfile(real):
+        with contextlib.suppress(BadFileError):
+            load(real)
+            return
+    raise UsageError(
+        f"{path} is there and is no saved plan, so it is not replaced", "name another file"
+    )
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,14 @@ from pathlib import Path
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.cli.output import complain
+from dgx_kvm_sw.decide.fit import Inputs
 from dgx_kvm_sw.decide.plan import Intent
+from dgx_kvm_sw.host import platforms
 from dgx_kvm_sw.model.errors import BadFileError, HostError, UsageError
+from dgx_kvm_sw.model.health import HealthReport
+from dgx_kvm_sw.model.placement import Placements
 from dgx_kvm_sw.model.spec import NO_SPEC
-from dgx_kvm_sw.reconcile import SPEC_FILE, Site, Situation, gather
+from dgx_kvm_sw.reconcile import SPEC_FILE, Site, Situation, gather, read_current
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,20 +86,31 @@ def hold(
 ) -> Iterator[Session]:
     """Gather under the lock, which is held to the end, so that what is known stays true.
 
-    Without `needs_file` a file with mistakes is only complained about: nothing about stopping a
-    VM is written there.
+    Without `needs_file` a file of ours that cannot be used is only complained about: nothing
+    about stopping a VM is written there.
     """
     from dgx_kvm_sw.execute import locked_site
 
     with locked_site(site, args.verb, args.wait), site.hypervisor() as hypervisor:
         try:
             situation = gathered(site, hypervisor, intent)
-        except BadFileError:
+        except (BadFileError, HostError) as error:
             if needs_file:
                 raise
-            complain(f"{site.spec_file} has mistakes", "`dgx-kvm validate` shows them")
-            situation = gather(site, hypervisor, intent, NO_SPEC)
+            if isinstance(error, BadFileError):
+                complain("a file has mistakes", "`dgx-kvm validate` shows them")
+            else:
+                complain(error.message, error.hint)
+            situation = _without_files(site, hypervisor)
         yield Session(site, hypervisor, situation)
+
+
+def _without_files(site: Site, hypervisor: Hypervisor) -> Situation:
+    """What libvirt holds, with nothing declared and nothing known of any device's health."""
+    platform, topology = platforms.survey(site.root)
+    inputs = Inputs(NO_SPEC, topology, platform, HealthReport(()))
+    current = read_current(hypervisor)
+    return Situation(inputs, current, Placements((), ()), (), {}, (), site)
 
 
 @contextlib.contextmanager

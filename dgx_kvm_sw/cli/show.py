@@ -73,7 +73,10 @@ def _header(situation: Situation, held: Holders, rows: list[VmRow], width: int) 
     others = Counter(str(row.state) for row in rows if not row.running)
     counts = [f"{running} running", *(f"{count} {state}" for state, count in others.items())]
     parts = [f"{counted(len(rows), 'VM')} ({', '.join(counts)})" if rows else "no VMs"]
-    parts.append(f"{free} of {counted(len(gpus), 'GPU')} free")
+    whole = max(situation.platform.gpus, len(gpus))
+    parts.append(f"{free} of {counted(whole, 'GPU')} free")
+    if len(gpus) < whole:
+        parts.append(f"{whole - len(gpus)} missing")
     if len(usable) < len(gpus):
         parts.append(f"{len(gpus) - len(usable)} out of use")
     title = line(Span(situation.platform.title, "heading"), ": ")

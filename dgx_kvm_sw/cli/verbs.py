@@ -123,7 +123,11 @@ def _intent(parser: Parser) -> None:
 def _plan(parser: Parser) -> None:
     _intent(parser)
     parser.add_argument(
-        "-o", "--output", metavar="FILE", help="save the plan, for `dgx-kvm apply FILE`"
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="save the plan, for `dgx-kvm apply FILE`; of files that are there, only an older plan"
+        " is replaced",
     )
 
 

@@ -57,10 +57,15 @@ class CannotResolve(Exception):
     """A demand that fits no machine of this shape; the text is a reason for the user."""
 
 
-def capacities(topology: Topology, spec: HostSpec) -> dict[int, NodeCapacity]:
+def capacities(topology: Topology, spec: HostSpec, gpus_when_whole: int) -> dict[int, NodeCapacity]:
     """Return the capacity of every NUMA node that has CPUs, by node id."""
     nodes = [node for node in topology.numa_nodes if node.cores]
     gpus = Counter(topology.node(gpu.pci.numa_node).id for gpu in topology.gpus)
+    if len(topology.gpus) < gpus_when_whole:
+        # A GPU that is gone must not change what every other VM gets. Boards are symmetric, and
+        # every machine of the table has its GPUs on two nodes at least.
+        whole = max((*gpus.values(), gpus_when_whole // max(2, len(gpus))))
+        gpus = Counter(dict.fromkeys(gpus, whole))
     serves = _serves(nodes, gpus)
     return {node.id: _capacity(node, spec, len(nodes), serves.get(node.id), gpus) for node in nodes}
 
@@ -143,6 +148,7 @@ def gpu_demand(
     """
     nodes = [cap for cap in caps.values() if cap.serves in gpus_on]
     page = page_kib(vm, nodes)
+    _check_pages(nodes, page)
     parts = {cap.id: gpus_on[cap.serves or 0] / cap.gpus for cap in nodes}
     threads = _threads(nodes)
     cpus, memory = vm.resources.cpus, vm.resources.memory
@@ -189,6 +195,13 @@ def device_count(amount: Amount, available: int, gpus: int, all_gpus: int) -> in
     if isinstance(amount, Share):
         return int(amount.fraction * available * gpus / all_gpus + _EPSILON) if all_gpus else 0
     return amount
+
+
+def _check_pages(nodes: list[NodeCapacity], page: int) -> None:
+    for node in nodes:
+        if page and not node.memory.get(page):
+            size = "1 GiB" if page >= 1024 * 1024 else "2 MiB"
+            raise CannotResolve(f"NUMA node {node.id} has no pages of {size} (`hugepages`)")
 
 
 def _threads(nodes: list[NodeCapacity]) -> int:

@@ -10,6 +10,7 @@ from dgx_kvm_sw.model.domain import (
     Cell,
     DomainDisk,
     DomainFacts,
+    DomainStatus,
     Interface,
     Ownership,
     Volume,
@@ -85,6 +86,13 @@ def desired_volumes(vm: VmSpec, around: Surroundings) -> tuple[Volume, ...]:
 def volume_prefix(vm: str) -> str:
     """What every disk of this VM on the pool starts with; VM names hold no dot."""
     return f"{vm}."
+
+
+def own_disks(domain: DomainStatus, volumes: tuple[Volume, ...]) -> tuple[str, ...]:
+    """Return paths of the domain's own disks: a site's template may attach what others use too."""
+    attached = {disk.path for disk in domain.facts.disks}
+    prefix = volume_prefix(domain.name)
+    return tuple(v.path for v in volumes if v.path in attached and v.name.startswith(prefix))
 
 
 def _volume_name(vm: str, disk: str) -> str:

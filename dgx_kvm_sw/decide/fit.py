@@ -55,7 +55,7 @@ def fit(
     What the VM holds already is kept wherever it still serves.
     """
     assignable = Assignable(inputs.topology, inputs.health, ledger)
-    gpus = [inputs.topology.gpus[index].pci for index in (partition.gpus if partition else ())]
+    gpus = [inputs.topology.gpu(index).pci for index in (partition.gpus if partition else ())]
     for gpu in gpus:
         if reason := assignable.refusal(gpu.address, vm.name):
             raise DoesNotFit(reason)
@@ -88,7 +88,7 @@ def _with_demand(
     """Return the placement with this much of each node; the GPUs are known to be assignable."""
     held = inputs.holding(vm)
     assignable = Assignable(inputs.topology, inputs.health, ledger)
-    gpus = [inputs.topology.gpus[index].pci for index in (partition.gpus if partition else ())]
+    gpus = [inputs.topology.gpu(index).pci for index in (partition.gpus if partition else ())]
     _check_memory(ledger, vm, caps, demand, page)
     cells = _cells(inputs, caps, ledger, vm.name, demand, held)
     nodes = [cell.host_node for cell in cells]
@@ -106,8 +106,10 @@ def _with_demand(
         hugepage_kib=page,
         kept=False,
     )
-    if not (held and held.stays and _within(cells, held.cells)):
-        _guard_shares(inputs, caps, ledger.take(placement), vm, placement)
+    if not (held and _within(cells, held.cells)):
+        # What it leaves is free again: counted as taken, it would hide a GPU that waits.
+        after = ledger.without((vm.name,)).take(placement)
+        _guard_shares(inputs, caps, after, vm, placement)
     same = held and set(held.devices) == set(placement.devices) and held.cells == cells
     return replace(placement, kept=bool(same))
 
@@ -289,7 +291,7 @@ def _nvswitches(
     passed = inputs.platform.fabric_model is FabricModel.PASSTHROUGH and vm.resources.nvswitches
     if not partition or not passed or not partition.nvswitches:
         return ()
-    boards = {inputs.topology.gpus[index].board for index in partition.gpus}
+    boards = {inputs.topology.gpu(index).board for index in partition.gpus}
     candidates = [s.pci for s in inputs.topology.nvswitches if s.board in boards]
     return _pick("NVSwitches", candidates, partition.nvswitches, assignable, vm.name, held)
 
@@ -307,7 +309,7 @@ def _beside_gpus(
     # A share counts broken devices too: one that fails must not change what every VM gets.
     states = {device.address: inputs.health.of(device.address).state for device in devices}
     ours = [d for d in devices if states[d.address] is not DeviceState.UNBOUND]
-    count = capacity.device_count(amount, len(ours), len(gpus), len(inputs.topology.gpus))
+    count = capacity.device_count(amount, len(ours), len(gpus), inputs.platform.gpus)
     ordered = nearest(inputs.topology, gpus, ours, nodes)
     if isinstance(amount, Share):
         broken = sum(not inputs.health.usable(device.address) for device in ours)

@@ -121,7 +121,7 @@ def _remedies(
     """Name the fewest VMs whose leaving would make room."""
     best: tuple[str, ...] | None = None
     for verdict in verdicts:
-        gpus = [search.inputs.topology.gpus[i].pci.address for i in verdict.partition.gpus]
+        gpus = [search.inputs.topology.gpu(i).pci.address for i in verdict.partition.gpus]
         if not all(search.inputs.health.usable(gpu) for gpu in gpus):
             continue
         names = verdict.holders
@@ -137,7 +137,7 @@ def _remedies(
 
 
 def _holders(search: Search, vm: VmSpec, partition: Partition, ledger: Ledger) -> tuple[str, ...]:
-    addresses = (search.inputs.topology.gpus[index].pci.address for index in partition.gpus)
+    addresses = (search.inputs.topology.gpu(index).pci.address for index in partition.gpus)
     holders = {ledger.holder(address, vm.name) for address in addresses}
     return tuple(sorted(holder for holder in holders if holder))
 
@@ -191,6 +191,6 @@ def _sets(partitions: list[Partition]) -> str:
 
 def _gpus(partition: Partition) -> str:
     gpus = partition.gpus
-    if len(gpus) > 2 and gpus == tuple(range(gpus[0], gpus[-1] + 1)):
+    if len(gpus) > 1 and gpus == tuple(range(gpus[0], gpus[-1] + 1)):
         return f"GPUs {gpus[0]}-{gpus[-1]}"
     return f"GPU{'s' if len(gpus) > 1 else ''} {', '.join(map(str, gpus))}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dgx_kvm_sw.decide.changes import LIVE_FIELDS, differences, same
-from dgx_kvm_sw.decide.domain import volume_prefix
+from dgx_kvm_sw.decide.domain import own_disks
 from dgx_kvm_sw.model.actions import (
     Action,
     Change,
@@ -110,7 +110,10 @@ def _vm_step(
     if held is None:
         start = start_actions(want.facts, want.partition) if _runs(want) else ()
         define = DefineDomain(want.facts.name, want.facts, live=False)
-        row = VmPlan(want.facts.name, Verb.CREATE, (), want.summary)
+        # Whose data it is that a new VM of an old name gets has to be seen before.
+        old = [volume.name for volume in want.volumes if volume.path in have]
+        changes = (Change("disks", ", ".join(old), "used as they are", Effect.LIVE),) if old else ()
+        row = VmPlan(want.facts.name, Verb.CREATE, changes, want.summary)
         return _Step(row, (*volumes, define, *start))
     step = _running_step if held.running else _stopped_step
     return step(want, held, topology, intent, tuple(volumes))
@@ -179,17 +182,14 @@ def _orphan_step(domain: DomainStatus, current: CurrentState, intent: Intent) ->
     missing = (PRUNE,) if not intent.prune else ()
     if domain.running and not intent.restart:
         missing += (RESTART,)
-    attached = {disk.path for disk in domain.facts.disks}
-    disks = tuple(  # its own: a site's template may attach what others use too
-        volume.path
-        for volume in current.volumes
-        if volume.path in attached and volume.name.startswith(volume_prefix(domain.name))
-    )
+    disks = own_disks(domain, current.volumes)
     effects = {PRUNE: Effect.NEEDS_PRUNE, RESTART: Effect.NEEDS_RESTART}
     effect = effects[missing[0]] if missing else Effect.LIVE
     changes = [Change("declared", "yes", "no longer", effect)]
     if intent.delete_disks and disks:
         changes.append(Change("disks", ", ".join(disks), "deleted", Effect.DESTROYS_DATA))
+    elif disks:
+        changes.append(Change("disks", ", ".join(disks), "kept", Effect.LIVE))
     row = _row(domain.name, Verb.DELETE, changes, missing)
     if missing:
         return _Step(row, ())

@@ -26,7 +26,9 @@ class Search:
     tries: int = 0
 
     def __post_init__(self) -> None:
-        self.caps: dict[int, NodeCapacity] = capacities(self.inputs.topology, self.inputs.spec)
+        self.caps: dict[int, NodeCapacity] = capacities(
+            self.inputs.topology, self.inputs.spec, self.inputs.platform.gpus
+        )
         self.start = Ledger.of(
             tuple(held for held in self.inputs.holdings if held.stays or not held.ours)
         )
@@ -55,6 +57,8 @@ class Search:
             return 0, 0
         if isinstance(kept, Partition) and (vm.pin or not self._pinned_by_others(vm, kept)):
             return 1, -vm.gpus
+        if kept == ():
+            return 1, 0
         if vm.pin:
             return 2, -vm.gpus
         # VMs without GPUs come last: what they may use is only known then.
@@ -145,6 +149,9 @@ class Search:
             vm.gpus,
             lambda partition: self._preference(vm, partition, ledger),
         )
+        held = self.inputs.holding(vm)
+        if isinstance(kept, Partition) and held and held.stays:
+            return [kept]  # a VM that runs is never offered another place
         if isinstance(kept, Partition):
             return [kept, *(partition for partition in ranked if partition != kept)]
         return list(ranked)
@@ -162,7 +169,7 @@ class Search:
     def _preference(self, vm: VmSpec, partition: Partition, ledger: Ledger) -> tuple[int, ...]:
         """Fewest NUMA nodes and PCIe roots, then boards of the same tenant."""
         topology = self.inputs.topology
-        gpus = [topology.gpus[index] for index in partition.gpus]
+        gpus = [topology.gpu(index) for index in partition.gpus]
         nodes = len({gpu.pci.numa_node for gpu in gpus})
         roots = len({gpu.pci.root for gpu in gpus})
         return (nodes, roots, self._strangers(vm, {gpu.board for gpu in gpus}, ledger))

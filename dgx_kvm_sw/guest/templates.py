@@ -7,12 +7,13 @@ site template can extend it and survive upgrades.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dgx_kvm_sw.access.files import Root, pristine_template_path, template_path
 from dgx_kvm_sw.model.base import digest
-from dgx_kvm_sw.model.errors import BadFileError, HostError, Problem
+from dgx_kvm_sw.model.errors import BadFileError, HostError, NoTemplateError, Problem
 
 API = 1
 
@@ -35,14 +36,24 @@ class Templates:
         Found by their quoted names, without Jinja: importing it would double the time of an
         apply that has nothing to do.
         """
-        closure: dict[str, str] = {}
+        closure = {name: self._text(name)}
         waiting = [name]
         while waiting:
-            current = waiting.pop()
-            if current not in closure:
-                closure[current] = self._text(current)
-                waiting += _REFERENCE.findall(closure[current])
+            asking = waiting.pop()
+            for match in _REFERENCE.finditer(closure[asking]):
+                asked = match.group(1)
+                if asked not in closure:
+                    closure[asked] = self._referenced(asking, match)
+                    waiting.append(asked)
         return digest(closure)
+
+    def _referenced(self, asking: str, match: re.Match[str]) -> str:
+        try:
+            return self._text(match.group(1))
+        except NoTemplateError as error:
+            line = match.string.count("\n", 0, match.start()) + 1
+            message = f"it needs {match.group(1)}, which is not there"
+            raise _problem(self._root, asking, line, message) from error
 
     def render(self, name: str, **variables: Any) -> str:
         """Render a template; raises BadFileError with the file and line of what is wrong in it."""
@@ -52,7 +63,7 @@ class Templates:
         _check_api(root, name, self._text(name))
         if self._environment is None:
             self._environment = jinja2.Environment(
-                loader=jinja2.FunctionLoader(lambda name: (self._text(name), name, lambda: True)),
+                loader=jinja2.FunctionLoader(self._loaded),
                 undefined=jinja2.StrictUndefined,
                 autoescape=True,
             )
@@ -74,6 +85,13 @@ class Templates:
         ) as error:
             file, line = _where(name, error)
             raise _problem(root, file, line, str(error)) from error
+
+    def _loaded(self, name: str) -> tuple[str, str, Callable[[], bool]] | None:
+        """A template as Jinja asks for it; None for one that is not there."""
+        try:
+            return self._text(name), name, lambda: True
+        except NoTemplateError:
+            return None
 
     def path(self, name: str) -> Path:
         """Return the file that holds a template."""

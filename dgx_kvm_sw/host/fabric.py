@@ -53,7 +53,7 @@ class VfioFabric:
         if problems:
             raise HostError(
                 f"PCI device {'; '.join(problems)}",
-                "dgx-kvm health shows the state of every device",
+                "`dgx-kvm status` shows what is wrong with it",
             )
 
     def _problem(self, address: PciAddress) -> str:

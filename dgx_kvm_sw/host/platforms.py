@@ -25,18 +25,22 @@ PHYSICAL_IDS = "/var/lib/dgx-kvm/fabric-ids.json"
 def survey(root: Root) -> tuple[Platform, Topology]:
     """Discover the machine below `root` and recognise it."""
     physical_ids, notes = read_physical_ids(root)
-    return match(discover(root, physical_ids), notes)
+    return match(discover(root, physical_ids), notes, physical_ids)
 
 
-def match(topology: Topology, notes: tuple[str, ...] = ()) -> tuple[Platform, Topology]:
+def match(
+    topology: Topology, notes: tuple[str, ...] = (), recorded: Iterable[PciAddress] = ()
+) -> tuple[Platform, Topology]:
     """Recognise the machine by the ids of its GPUs and NVSwitches; boards are set on the result.
 
-    `notes` go before those of its own into the platform.
+    `notes` go before those of its own into the platform. `recorded` are the addresses of all GPUs
+    when they were last seen together: a GPU that is gone then keeps its index free.
     """
     board_type = _recognise(topology)
     if not board_type:
         return _unknown(topology, notes), topology
     topology = _with_boards(topology, board_type.boards)
+    topology = _numbered(topology, recorded, board_type.gpus)
     partitions, found_notes = _legal(topology, board_type)
     platform = Platform(
         name=board_type.name,
@@ -44,6 +48,7 @@ def match(topology: Topology, notes: tuple[str, ...] = ()) -> tuple[Platform, To
         fabric_model=board_type.fabric_model,
         boards=board_type.boards,
         partitions=tuple(sorted(partitions, key=lambda partition: partition.id)),
+        gpus=board_type.gpus,
         notes=(*notes, *found_notes),
     )
     return platform, topology
@@ -179,6 +184,19 @@ def _with_boards(topology: Topology, boards: int) -> Topology:
     )
 
 
+def _numbered(topology: Topology, recorded: Iterable[PciAddress], gpus: int) -> Topology:
+    """Number the GPUs by their place in the whole machine, where that is known.
+
+    Otherwise one dead GPU would move the number of every GPU behind it, and a pin to GPU 8 would
+    mean other hardware. A record that does not add up to the whole machine is an old one.
+    """
+    places = sorted({gpu.pci.address for gpu in topology.gpus} | set(recorded))
+    if len(places) != gpus:
+        return topology
+    numbered = (replace(gpu, index=places.index(gpu.pci.address)) for gpu in topology.gpus)
+    return replace(topology, gpus=tuple(numbered))
+
+
 # Partitions of a machine in the table ---------------------------------------------------------
 
 
@@ -300,7 +318,7 @@ def _has_switches(partition: Partition, topology: Topology, board_type: _BoardTy
     if board_type.fabric_model is FabricModel.SHARED:
         # GPUs never register with a fabric that lacks a switch (Fabric Manager guide, H100).
         return partition.size == 1 or len(topology.nvswitches) >= board_type.nvswitches
-    boards = {topology.gpus[index].board for index in partition.gpus}
+    boards = {topology.gpu(index).board for index in partition.gpus}
     return partition.nvswitches <= sum(switch.board in boards for switch in topology.nvswitches)
 
 
@@ -335,6 +353,7 @@ def _unknown(topology: Topology, notes: tuple[str, ...]) -> Platform:
             Partition(number, members, (), 0, nvswitches if 1 < len(members) == len(gpus) else 0)
             for number, members in enumerate(_largest_first(sets))
         ),
+        gpus=len(gpus),
         notes=(*notes, note),
     )
 

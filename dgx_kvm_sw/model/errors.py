@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import unicodedata
 
 
 class ExitCode(enum.IntEnum):
@@ -15,7 +16,6 @@ class ExitCode(enum.IntEnum):
     USAGE = 64  # the command line is wrong
     BAD_FILE = 65  # a file the user wrote is wrong
     BUSY = 75  # another apply is running; try again later
-    IRREVERSIBLE = 78  # asked for something that cannot be undone
 
 
 class DgxKvmError(Exception):
@@ -37,6 +37,10 @@ class UsageError(DgxKvmError):
 
 class HostError(DgxKvmError):
     """The machine is not as it has to be (a file unreadable, a disk full, no such device)."""
+
+
+class NoTemplateError(HostError):
+    """No template has this name."""
 
 
 class HypervisorError(DgxKvmError):
@@ -73,10 +77,23 @@ class Problem:
         hint = f" ({self.hint})" if self.hint else ""
         text = f"{where}: {subject}{self.message}{hint}"
         if self.snippet.strip():
-            width = max(1, self.end_column - self.column if self.end_line == self.line else 1)
-            caret = " " * (self.column - 1) + "^" * min(width, len(self.snippet))
-            text += f"\n    {self.snippet}\n    {caret}"
+            text += f"\n    {self.snippet}\n    {self._carets()}"
         return text
+
+    def _carets(self) -> str:
+        """Point at the columns of the snippet; a wide character of East Asia takes two places."""
+        start = self.column - 1
+        end = max(start + 1, self.end_column - 1 if self.end_line == self.line else 0)
+        before, marked = self.snippet[:start].ljust(start), self.snippet[start:end] or " "
+        blank = "".join("\t" if char == "\t" else " " * _places(char) for char in before)
+        return blank + "^" * max(1, sum(map(_places, marked)))
+
+
+def _places(char: str) -> int:
+    """How many places of a terminal a character takes."""
+    if unicodedata.combining(char):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
 
 
 class BadFileError(DgxKvmError):

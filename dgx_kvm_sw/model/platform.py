@@ -39,6 +39,7 @@ class Platform:
     fabric_model: FabricModel
     boards: int
     partitions: tuple[Partition, ...]
+    gpus: int  # that it has when it is whole
     notes: tuple[str, ...]  # what the operator should know: table against machine, guesses made
 
     def of_size(self, size: int) -> tuple[Partition, ...]:

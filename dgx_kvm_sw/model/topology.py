@@ -9,9 +9,9 @@ from dgx_kvm_sw.model.pci import CpuSet, PciAddress, PciDevice
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU. `index` is its place in PCI order; `physical_id` is the fabric's number for it
-    (board strap or Module ID) and None until something that knows it has said so. They differ:
-    facts on the DGX-2 (NCCL topology against Fabric Manager's table) show it.
+    """A GPU. `index` is its place in the whole machine's PCI order; `physical_id` is the fabric's
+    number for it (board strap or Module ID) and None until something that knows it has said so.
+    They differ: facts on the DGX-2 (NCCL topology against Fabric Manager's table) show it.
     """
 
     index: int
@@ -88,6 +88,10 @@ class Topology:
     def node(self, node_id: int | None) -> NumaNode:
         """The NUMA node with this id; a device without one belongs to the first node."""
         return next((n for n in self.numa_nodes if n.id == node_id), self.numa_nodes[0])
+
+    def gpu(self, index: int) -> Gpu:
+        """The GPU with this index; a GPU that is gone leaves its index unused."""
+        return next(gpu for gpu in self.gpus if gpu.index == index)
 
     @property
     def threads_per_core(self) -> int:
