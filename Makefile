@@ -31,7 +31,8 @@ lint: .cache/installed-test $(TOOLS)/done
 	$(TOOLS)/bin/ruff format --check .
 	$(TOOLS)/bin/ruff check .
 	$(TOOLS)/bin/python -m mypy
-	shellcheck demo .ci/run debian/host/qemu-hook
+	shellcheck demo .ci/run debian/host/{assignable,generator,host-mode,init-top,initramfs-hook,qemu-hook}
+	shellcheck -s sh debian/host/grub-guard.cfg
 
 unit: .cache/installed-test docs
 	$(PYTHON) -m pytest -n 2 -m "not integration"
