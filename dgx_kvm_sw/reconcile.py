@@ -168,8 +168,7 @@ class Situation:
         return (*self.stop_actions(name), *start_actions(held.facts, self._partition(held.facts)))
 
     def _partition(self, facts: DomainFacts) -> Partition | None:
-        gpus = gpu_indexes(self.topology, devices_of(facts))
-        return next((p for p in self.platform.partitions if p.gpus == gpus), None)
+        return self.platform.with_gpus(gpu_indexes(self.topology, devices_of(facts)))
 
     def sample_vm(self, gpus: int) -> VmSpec:
         """A VM of this size that says nothing more of itself, to ask what would still fit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from dgx_kvm_sw.cli.picture import Span, line, paint, wrapped
 from dgx_kvm_sw.decide import placement
 from dgx_kvm_sw.model.base import to_json
 from dgx_kvm_sw.model.errors import DgxKvmError
+from dgx_kvm_sw.model.placement import Room
 from dgx_kvm_sw.model.spec import VmSpec
 from dgx_kvm_sw.reconcile import Situation, summary
 
@@ -27,11 +29,7 @@ class _Fit:
 
 def room(situation: Situation) -> dict[int, int]:
     """Count how many more VMs of each size that has GPUs would fit, each size on its own."""
-    samples = {}
-    for size in situation.platform.sizes:
-        sample = _sample(situation, size)
-        if isinstance(sample, VmSpec):
-            samples[size] = sample
+    samples, _ = _samples(situation, situation.platform.sizes)
     found = placement.fits(situation.inputs, samples)
     return {size: room.count for size, room in found.items()}
 
@@ -59,27 +57,32 @@ def fits_json(situation: Situation) -> dict[str, Any]:
 
 
 def _fits(situation: Situation) -> list[_Fit]:
-    result = []
-    for size in (*situation.platform.sizes, 0):
-        sample = _sample(situation, size)
-        if isinstance(sample, str):
-            result.append(_Fit(size, 0, "", sample, ""))
-            continue
-        found = placement.fits(situation.inputs, {size: sample})[size]
-        if found.next:
-            get = summary(found.next, situation.topology)
-            result.append(_Fit(size, found.count, get, "", ""))
-        elif found.refused:
-            reasons = found.refused.reasons
-            more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-            remedy = next(iter(found.refused.remedies), "")
-            result.append(_Fit(size, 0, "", f"{reasons[0]}{more}", remedy))
-    return result
+    sizes = (*situation.platform.sizes, 0)
+    samples, wrong = _samples(situation, sizes)
+    found = placement.fits(situation.inputs, samples)
+    return [
+        _fit(size, found[size], situation) if size in found else _Fit(size, 0, "", wrong[size], "")
+        for size in sizes
+    ]
 
 
-def _sample(situation: Situation, size: int) -> VmSpec | str:
-    """A VM of this size, or what is wrong with the files that would make it."""
-    try:
-        return situation.sample_vm(size)
-    except DgxKvmError as error:
-        return error.message.splitlines()[0]
+def _fit(size: int, room: Room, situation: Situation) -> _Fit:
+    if room.next:
+        return _Fit(size, room.count, summary(room.next, situation.topology), "", "")
+    assert room.refused is not None  # a room has the one or the other
+    reasons = room.refused.reasons
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    return _Fit(size, 0, "", f"{reasons[0]}{more}", next(iter(room.refused.remedies), ""))
+
+
+def _samples(
+    situation: Situation, sizes: Iterable[int]
+) -> tuple[dict[int, VmSpec], dict[int, str]]:
+    """A VM of each size, and by size what is wrong with the files that would make one."""
+    samples, wrong = {}, {}
+    for size in sizes:
+        try:
+            samples[size] = situation.sample_vm(size)
+        except DgxKvmError as error:
+            wrong[size] = error.message.splitlines()[0]
+    return samples, wrong

@@ -70,7 +70,7 @@ def fit(
     refusal = DoesNotFit()
     for demand, page in demands:
         try:
-            return _with_demand(inputs, caps, ledger, vm, partition, demand, page)
+            return _with_demand(inputs, caps, ledger, vm, partition, assignable, demand, page)
         except DoesNotFit as error:
             refusal = error
     raise refusal
@@ -82,12 +82,12 @@ def _with_demand(
     ledger: Ledger,
     vm: VmSpec,
     partition: Partition | None,
+    assignable: Assignable,
     demand: tuple[CellDemand, ...],
     page: int,
 ) -> Placement:
     """Return the placement with this much of each node; the GPUs are known to be assignable."""
     held = inputs.holding(vm)
-    assignable = Assignable(inputs.topology, inputs.health, ledger)
     gpus = [inputs.topology.gpu(index).pci for index in (partition.gpus if partition else ())]
     _check_memory(ledger, vm, caps, demand, page)
     cells = _cells(inputs, caps, ledger, vm.name, demand, held)

@@ -78,7 +78,7 @@ class Search:
             return None
         if not gpus:
             return ()
-        return next((p for p in self.inputs.platform.partitions if p.gpus == gpus), None)
+        return self.inputs.platform.with_gpus(gpus)
 
     # -- choosing ---------------------------------------------------------------------------
 

@@ -45,6 +45,10 @@ class Platform:
     def of_size(self, size: int) -> tuple[Partition, ...]:
         return tuple(partition for partition in self.partitions if partition.size == size)
 
+    def with_gpus(self, gpus: tuple[int, ...]) -> Partition | None:
+        """The partition of exactly these GPU indexes, ascending, if it is a legal one."""
+        return next((partition for partition in self.partitions if partition.gpus == gpus), None)
+
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(sorted({partition.size for partition in self.partitions}))
