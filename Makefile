@@ -1,6 +1,7 @@
 # make demo    the main job on a simulated DGX-2, end to end
 # make test    all tests, linters and types
 # make bench   placement against the exact optimum; speed against the floor
+# make deb     the package, in build/deb
 # make docs    the man page and the bash completion, from the argument tree
 # make format  put the code into its form
 #
@@ -17,22 +18,27 @@ RUN_PACKAGES := python3-libvirt python3-yaml python3-jinja2 python3-jsonschema p
 TEST_PACKAGES := $(RUN_PACKAGES) man-db python3-pytest python3-pytest-xdist \
 	python3-hypothesis python3-numpy python3-venv mypy shellcheck libvirt-daemon-system \
 	libvirt-clients libxml2-utils qemu-system-x86 qemu-utils ovmf seabios iproute2 procps
+BUILD_PACKAGES := $(RUN_PACKAGES) debhelper dh-python dpkg-dev pybuild-plugin-pyproject python3-all \
+	python3-setuptools
 # Pinned: a newer linter may not find new faults in old code on the day of a release.
 TOOL_PACKAGES := ruff==0.17.6 types-PyYAML==6.0.12.20261113 types-jsonschema==4.26.0.20261006
 
-.PHONY: demo test lint unit integration bench docs format clean
+.PHONY: demo test lint unit integration bench deb docs format clean
 
 demo: .cache/installed-run
 	./demo
 
 test: lint unit integration
 
-lint: .cache/installed-test $(TOOLS)/done
+lint: .cache/installed-test $(TOOLS)/done deb
 	$(TOOLS)/bin/ruff format --check .
 	$(TOOLS)/bin/ruff check .
 	$(TOOLS)/bin/python -m mypy
-	shellcheck demo .ci/run debian/host/{assignable,generator,host-mode,init-top,initramfs-hook,qemu-hook}
+	shellcheck -x demo .ci/run debian/host/{assignable,generator,host-mode,init-top} \
+		debian/host/{initramfs-hook,live-host,qemu-hook}
 	shellcheck -s sh debian/host/grub-guard.cfg
+	rm -rf .cache/scripts && dpkg-deb --control build/deb/*.deb .cache/scripts
+	shellcheck .cache/scripts/{preinst,postinst,prerm,postrm}
 
 unit: .cache/installed-test docs
 	$(PYTHON) -m pytest -n 2 -m "not integration"
@@ -43,6 +49,16 @@ integration: .cache/installed-test
 bench: .cache/installed-test
 	$(PYTHON) -m bench.placement
 	PYTHONPATH=tests $(PYTHON) -m bench.speed
+
+# Built from a copy, so that nothing of the build stays in the tree or comes from it.
+deb: .cache/installed-deb
+	@rm -rf .cache/deb && mkdir -p .cache/deb/tree build/deb
+	@git ls-files -z --cached --others --exclude-standard | \
+		xargs -0 sh -c 'for f; do [ ! -e "$$f" ] || echo "$$f"; done' sh | \
+		tar -c --no-recursion -T - | tar -x -C .cache/deb/tree
+	cd .cache/deb/tree && dpkg-buildpackage -us -uc -b >../log 2>&1 || { cat ../log; exit 1; }
+	@rm -f build/deb/* && cp .cache/deb/dgx-kvm-sw_* build/deb/
+	@cd build/deb && sha256sum *.deb
 
 docs: .cache/installed-run
 	$(PYTHON) -m tools.documents build
@@ -57,6 +73,7 @@ clean:
 # Installs only what is missing, so that a second run needs neither root nor network.
 .cache/installed-run: PACKAGES := $(RUN_PACKAGES)
 .cache/installed-test: PACKAGES := $(TEST_PACKAGES)
+.cache/installed-deb: PACKAGES := $(BUILD_PACKAGES)
 .cache/installed-%: Makefile
 	@mkdir -p .cache
 	@missing=$$(for name in $(PACKAGES); do \

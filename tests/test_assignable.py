@@ -66,14 +66,17 @@ class Machine:
             self.link(f"{folder}/devices/{address}", f"../../../../bus/pci/devices/{address}")
             self.link(f"sys/bus/pci/devices/{address}/iommu_group", f"{self.root}/{folder}")
 
-    def __call__(self) -> tuple[list[str], str]:
-        done = subprocess.run(
+    def run(self) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             ["sh", ASSIGNABLE],
             env={"DPKG_ROOT": str(self.root), "PATH": "/usr/bin:/bin"},
             capture_output=True,
             text=True,
             check=False,
         )
+
+    def __call__(self) -> tuple[list[str], str]:
+        done = self.run()
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines(), done.stderr
 
@@ -284,18 +287,24 @@ def test_group_of_devices_that_all_go_is_listed(machine: Machine) -> None:
     assert machine() == ([NIC_LINE, DRIVE_LINE], "")
 
 
+@pytest.mark.parametrize("code", ["0x030200", "0x068000"])
+def test_gpu_in_a_group_with_a_device_that_stays_is_refused_naming_both(
+    machine: Machine, code: str
+) -> None:
+    machine.device(GPU, "0x10de", "0x1db8", code)
+    machine.nic(OTHER_NIC, "eno1")
+    machine.group(BRIDGE, GPU, OTHER_NIC)
+    done = machine.run()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{GPU}, which VMs need, shares an IOMMU group with {OTHER_NIC}" in done.stderr
+
+
 # --- not knowing is not "unused"
 
 
 @pytest.mark.parametrize("missing", ["proc/self/mountinfo", "proc/net/route"])
 def test_without_proc_nothing_is_listed(machine: Machine, missing: str) -> None:
     (machine.root / missing).unlink()
-    done = subprocess.run(
-        ["sh", ASSIGNABLE],
-        env={"DPKG_ROOT": str(machine.root), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = machine.run()
     assert (done.returncode, done.stdout) == (1, "")
     assert f"{missing} cannot be read" in done.stderr

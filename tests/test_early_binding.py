@@ -6,6 +6,7 @@ Each attribute of the small /sys here keeps all that was written to it, a line a
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,18 +162,24 @@ def run_hook(root: Path) -> Path:
     functions.write_text('manual_add_modules() { echo "$@" >>"$DESTDIR/modules"; }\n')
     image = root / "image"
     image.mkdir()
+    script = root / "usr/lib/dgx-kvm/init-top"
+    script.parent.mkdir(parents=True)
+    shutil.copy(SHIPPED / "init-top", script)
     environment = {"DPKG_ROOT": str(root), "DESTDIR": str(image), "PATH": "/usr/bin:/bin"}
     subprocess.run(["sh", SHIPPED / "initramfs-hook"], env=environment, check=True)
     return image
 
 
-def test_image_of_an_armed_host_gets_module_and_list(tmp_path: Path) -> None:
+def test_image_of_an_armed_host_gets_module_list_and_script(tmp_path: Path) -> None:
     devices = tmp_path / "var/lib/dgx-kvm/devices"
     devices.parent.mkdir(parents=True)
     devices.write_text(LIST)
     image = run_hook(tmp_path)
     assert (image / "etc/dgx-kvm/devices").read_text() == LIST
     assert (image / "modules").read_text() == "vfio-pci vfio_iommu_type1\n"
+    script = image / "scripts/init-top/dgx-kvm"
+    assert script.read_text() == (SHIPPED / "init-top").read_text()
+    assert os.access(script, os.X_OK)
 
 
 def test_image_of_another_host_gets_nothing(tmp_path: Path) -> None:

@@ -92,3 +92,19 @@ def test_names_that_are_no_units_are_reported(tmp_path: Path, name: str) -> None
     assert "docker.service" in units
     assert f"gated-services: {name} " in words
     assert len(words.splitlines()) == 1
+
+
+def test_list_says_what_would_be_gated_and_writes_nothing(tmp_path: Path) -> None:
+    write(tmp_path, "proc/cmdline", "ro quiet\n")
+    write(tmp_path, "etc/dgx-kvm/gated-services", "docker.service\n")
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run(
+        ["sh", GENERATOR, "--list"],
+        env={"DGX_KVM_ROOT": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    units = done.stdout.splitlines()
+    assert {"docker.service", "nvidia-fabricmanager.service"} <= set(units)
+    assert sorted(tmp_path.rglob("*")) == before
