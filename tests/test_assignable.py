@@ -266,6 +266,13 @@ def test_link_local_routes_do_not_count(machine: Machine) -> None:
     assert machine() == ([NIC_LINE, DRIVE_LINE], "")
 
 
+def test_nic_that_manages_nvswitches_stays(machine: Machine) -> None:
+    machine.write(f"sys/bus/pci/devices/{NIC}/vpd", "\x82PRODUCT SW_MNG\x78")
+    lines, words = machine()
+    assert lines == [DRIVE_LINE]
+    assert f"{NIC} stays with the host: it manages NVSwitches" in words
+
+
 # --- IOMMU groups
 
 

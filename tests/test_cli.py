@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from commandline import DGX_KVM, PROJECT, Host
 
-from dgx_kvm_sw import __version__
+import dgx_kvm_sw
 from dgx_kvm_sw.cli import arguments, main, overview, verbs
+from dgx_kvm_sw.cli.version import version
 from dgx_kvm_sw.host import simulate
-from dgx_kvm_sw.model.errors import ExitCode
+from dgx_kvm_sw.model.errors import ExitCode, HostError
+from dgx_kvm_sw.model.mode import Mode
 from dgx_kvm_sw.model.spec import SIZES
 from dgx_kvm_sw.reconcile import LOCK
 
@@ -57,13 +59,33 @@ def test_help_after_other_options_is_the_same_text(capsys: pytest.CaptureFixture
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"dgx-kvm {__version__}\n"
-    assert f'version = "{__version__}"' in (PROJECT / "pyproject.toml").read_text()
+    said = capsys.readouterr().out
+    changelog = (PROJECT / "debian/changelog").read_text()
+    assert changelog.startswith(f"dgx-kvm-sw ({said.removeprefix('dgx-kvm ').strip()}) ")
+    assert not hasattr(dgx_kvm_sw, "__version__")
+
+
+def test_version_of_what_is_installed_is_in_its_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(HostError, match="the version is not known"):
+        version(tmp_path / "changelog")
+    (tmp_path / "dgx_kvm_sw-7.8.9.dist-info").mkdir()
+    (tmp_path / "dgx_kvm_sw-7.8.9.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: dgx-kvm-sw\nVersion: 7.8.9\n"
+    )
+    assert version(tmp_path / "changelog") == "7.8.9"
+    (tmp_path / "changelog").write_text("another (1.0) unstable; urgency=low\n")
+    assert version(tmp_path / "changelog") == "7.8.9"
+    (tmp_path / "changelog").write_text("dgx-kvm-sw (0.2~rc1) unstable; urgency=low\n")
+    assert version(tmp_path / "changelog") == "0.2~rc1"
 
 
 def test_tables_of_the_command_line_agree_with_those_of_the_program() -> None:
     assert simulate.names() == verbs.PLATFORMS
     assert tuple(map(str, SIZES)) == verbs._SIZES
+    assert tuple(map(str, Mode)) == verbs.MODES
     assert {int(code) for code in ExitCode} | {130} == {code for code, _ in overview.EXIT_CODES}
 
 
@@ -89,6 +111,10 @@ def test_every_exit_code_is_returned_by_something() -> None:
         ("apply --wait -1", "--wait", "--help"),
         ("apply --wait nan", "is not a number of seconds", "--help"),
         ("start", "NAME is missing", "dgx-kvm start --help"),
+        ("stop", "NAME is missing", "--all"),
+        ("stop vm-0 --all", "--all means every VM", "leave out the names"),
+        ("mode kvn", "there is no mode 'kvn'", "did you mean kvm?"),
+        ("mode kvm --json", "`mode kvm` has no --json", "dgx-kvm mode --json"),
         ("create x", "--gpus is missing", "--help"),
         ("create x --gpus 3", "'3' is not a number of GPUs: 0, 1, 2, 4, 8, 16", "--help"),
         ("create x --gpus 1 --disk data", "'data' is not of the form LEFT=RIGHT", "--help"),
@@ -245,11 +271,11 @@ def test_an_unexpected_error_is_a_sentence_unless_debug_is_given(
 @pytest.mark.parametrize(
     ("command", "absent"),
     [
-        ("--help", ["argparse", "re", "dataclasses", "yaml", "libvirt"]),
+        ("--help", ["argparse", "re", "dataclasses", "yaml", "libvirt", "importlib.metadata"]),
         ("topology", ["libvirt", "jinja2", "jsonschema"]),
         ("validate", ["libvirt", "jinja2", "jsonschema"]),
         ("apply", ["jinja2", "jsonschema", "difflib.SequenceMatcher", "ssl", "subprocess"]),
-        ("plan", ["jinja2", "jsonschema"]),
+        ("plan", ["jinja2", "jsonschema", "importlib.metadata"]),
     ],
 )
 def test_a_verb_loads_only_what_it_needs(command: str, absent: list[str], run: Host) -> None:

@@ -650,6 +650,16 @@ def test_a_reboot_is_asked_for_once_and_no_longer_than_it_is_due(host: Host) -> 
     assert waiting(host) == ["dgx-kvm-sw"]
 
 
+def test_another_list_of_devices_needs_a_reboot(armed: Host) -> None:
+    armed.write("proc/cmdline", f"root=UUID=1 ro nosplash {INTEL}\n")
+    armed("arm")
+    assert armed.status()["reboot"] == "not needed"
+    armed.write("usr/lib/dgx-kvm/assignable", "#!/bin/sh\necho another\n")
+    armed("arm")
+    assert armed.status()["reboot"] == "needed"
+    assert waiting(armed) == ["dgx-kvm-sw"]
+
+
 def test_others_that_wait_for_a_reboot_go_on_waiting(host: Host) -> None:
     host.write("run/reboot-required", "*** System restart required ***\n")
     host.write("run/reboot-required.pkgs", "linux-image-6.1.0-2\n")

@@ -64,8 +64,7 @@ def imports(module: Path) -> Iterator[str]:
             assert node.level == 0, f"{module} has a relative import"
             yield str(node.module)
             if node.module == PACKAGE.name:
-                names = (alias.name for alias in node.names if alias.name != "__version__")
-                yield from (f"{node.module}.{name}" for name in names)
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def functions(module: Path) -> dict[str, int]:

@@ -154,6 +154,8 @@ def test_the_example_in_vms_yaml_5_is_right(
         ("dgx-kvm apply --del", "--delete-disks"),
         ("dgx-kvm stop vm-3", "vm-3"),
         ("dgx-kvm create vm", ""),
+        ("dgx-kvm mode ba", "bare-metal"),
+        ("dgx-kvm mode --ch", "--check"),
         ("dgx-kvm plan --connect q", ""),
     ],
 )

@@ -6,17 +6,20 @@ import json
 import re
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
-from commandline import EIGHT, Host
+from commandline import DGX_KVM, EIGHT, Host
+from hosts import FOREIGN_XML
 
-from dgx_kvm_sw.cli import verbs
+from dgx_kvm_sw.cli import main, verbs
+from dgx_kvm_sw.guest.simulated import SimulatedHypervisor
 from dgx_kvm_sw.host.health import QUARANTINE
 from dgx_kvm_sw.model.errors import ExitCode
 from dgx_kvm_sw.reconcile import POOL_PATH
 
-READS = [verb.name for verb in verbs.VERBS if verb.reads]
+READS = [verb.name for verb in verbs.VERBS if verb.reads and verb.name != "mode"]
 
 
 # -- validate -----------------------------------------------------------------------------------
@@ -306,6 +309,57 @@ def test_a_vm_can_be_stopped_whatever_is_broken(eight: Host) -> None:
         assert eight(f"start vm-{number}").code == ExitCode.FAILED
         eight.root.write(broken, before or '{"devices": []}')
     assert eight("stop nobody").code == ExitCode.USAGE
+
+
+def test_stop_all_stops_every_vm_of_ours_that_runs(eight: Host) -> None:
+    nothing = eight("stop --all")
+    assert (nothing.code, nothing.out) == (0, "no VM runs\n")
+    assert eight("stop --all -q").out == ""
+    eight("apply")
+    eight("stop vm-0")
+    stop = eight("stop --all --timeout 30")
+    assert (stop.code, stop.last) == (0, "Done: 7 stopped.")
+    assert eight("stop --all").out == "no VM runs\n"
+
+
+def test_stop_all_leaves_domains_of_others_alone(eight: Host) -> None:
+    eight("apply")
+    xml = FOREIGN_XML.format(name="theirs", memory=1, vcpus=1, cputune="", devices="")
+    hypervisor = SimulatedHypervisor(eight.root)
+    hypervisor.define("theirs", xml)
+    hypervisor.start("theirs", hypervisor.domain("theirs").uuid)
+    hypervisor.close()
+    assert eight("stop --all").last == "Done: 8 stopped."
+    assert SimulatedHypervisor(eight.root).domain("theirs").live
+
+
+def test_stop_all_works_whatever_the_file_says(eight: Host) -> None:
+    eight("apply")
+    eight.declare("version: 2\n")
+    stop = eight("stop --all")
+    assert (stop.code, stop.last) == (0, "Done: 8 stopped.")
+    assert "has mistakes" in stop.err
+
+
+@pytest.mark.commands
+def test_apply_at_boot_needs_no_terminal_and_no_home(eight: Host) -> None:
+    words = [DGX_KVM, *eight.words, "apply", "--wait", "600"]
+    nothing: dict[str, str] = {}
+    done = subprocess.run(
+        words, env=nothing, stdin=subprocess.DEVNULL, cwd="/", capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.endswith(b"Done: 8 created, 8 started.\n")
+
+
+def test_apply_at_boot_without_libvirt_says_so(
+    eight: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = ["--root", str(eight.directory)]
+    assert main([*root, "--connect", "test:///nonexistent.xml", "apply", "--wait", "600"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("dgx-kvm: libvirt does not answer at test:///nonexistent.xml: ")
+    assert len(said.splitlines()) == 2
 
 
 def test_size_templates_are_the_machines_even_for_another_file(run: Host, tmp_path: Path) -> None:

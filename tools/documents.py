@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dgx_kvm_sw import __version__
 from dgx_kvm_sw.cli.arguments import Parser, tree
 from dgx_kvm_sw.cli.overview import DESCRIPTION, EXAMPLES, EXIT_CODES, USAGE
 from dgx_kvm_sw.cli.verbs import EVERYWHERE, PLATFORMS, VERBS
+from dgx_kvm_sw.cli.version import version
 from dgx_kvm_sw.guest.schema import schema_text
 
 FILES = (
@@ -115,7 +115,7 @@ def verbatim(lines: Iterable[str]) -> str:
 
 
 def page(name: str, section: int, title: str, body: Iterable[str]) -> str:
-    head = f'.TH {name.upper()} {section} "" "dgx-kvm-sw {__version__}"'
+    head = f'.TH {name.upper()} {section} "" "dgx-kvm-sw {version()}"'
     return "\n".join((head, ".SH NAME", f"{roff(name)} \\- {roff(title)}", *body)) + "\n"
 
 
@@ -157,7 +157,8 @@ def _synopsis(parser: Parser) -> str:
     words = [parser.prog, "[OPTION]..."]
     for action in _own_options(parser):
         if not action.option_strings:
-            words.append({"?": f"[{action.metavar}]"}.get(str(action.nargs), str(action.metavar)))
+            optional = {"?": f"[{action.metavar}]", "*": f"[{action.metavar}]..."}
+            words.append(optional.get(str(action.nargs), str(action.metavar)))
         elif action.required:
             words.append(f"{action.option_strings[-1]} {action.metavar}")
     return " ".join(words)
@@ -252,7 +253,11 @@ def _completion_of(verb: str, parser: Parser) -> str:
     """Return what may stand after a verb: options behind a hyphen, else names or files."""
     positional = [a.metavar for a in parser._actions if not a.option_strings]
     rest = ":"
-    if "NAME" in positional and verb != "create":
+    if choices := [
+        word for a in parser._actions if not a.option_strings for word in a.choices or ()
+    ]:
+        rest = f"words='{' '.join(choices)}'"
+    elif "NAME" in positional and verb != "create":
         rest = "words=$(_dgx_kvm_names)"
     elif "FILE" in positional:
         rest = "compopt -o default"

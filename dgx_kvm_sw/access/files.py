@@ -55,6 +55,17 @@ class Root:
         """Replace a file as a whole: write a new one beside it, sync, rename."""
         write_atomically(self.path(absolute), text, mode, sync=sync)
 
+    def put(self, absolute: str, text: str) -> None:
+        """Write into a file that is there, such as an attribute in sysfs: nothing is replaced."""
+        try:
+            descriptor = os.open(self.path(absolute), os.O_WRONLY | os.O_TRUNC)
+            try:
+                os.write(descriptor, text.encode())
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise explained(error, "write", self.path(absolute)) from error
+
     def append(self, absolute: str, text: str, mode: int = 0o640, *, sync: bool = True) -> None:
         """Append whole lines to a log in one write."""
         path = self.path(absolute)

@@ -2,13 +2,96 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 from dgx_kvm_sw.model.errors import HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # importing it costs milliseconds that most verbs need not pay
+    from subprocess import Popen
+
+_FOLDERS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")  # the PATH of `su` and of cron lacks some
+_GRACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What became of a program; one that a signal ended has the code -SIGNAL."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+    show_errors: bool = False,
+) -> Completed:
+    """Run a program to its end; raises HostError when it is missing or takes too long.
+
+    `env` is added to the environment. With `show_errors` what it writes to stderr goes to ours
+    while it runs, and `err` stays empty.
+    """
+    import subprocess
+
+    if show_errors:
+        sys.stderr.flush()
+    try:
+        process = subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=None if show_errors else subprocess.PIPE,
+            env={**os.environ, "PATH": _path(), "LC_ALL": "C.UTF-8", **(env or {})},
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # so that all it starts can be ended with it
+        )
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise HostError(
+            f"cannot run {argv[0]}: {reason}", "install the package that it belongs to"
+        ) from error
+    with process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            raise HostError(
+                f"{argv[0]} was ended: it took more than {timeout:g} s",
+                "see what it waits for, then repeat this command",
+            ) from None
+        except BaseException:  # Ctrl-C among them
+            _end(process)
+            raise
+    return Completed(process.returncode, out, err or "")
+
+
+def _path() -> str:
+    known = os.environ.get("PATH", "").split(":")
+    return ":".join([*filter(None, known), *(each for each in _FOLDERS if each not in known)])
+
+
+def _end(process: Popen[str]) -> None:
+    """End a program and all that it started, which may hold its output open."""
+    import subprocess
+
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=_GRACE_SECONDS)
+            return
 
 
 def become(argv: Sequence[str], package: str) -> NoReturn:

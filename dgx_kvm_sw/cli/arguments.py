@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 
-from dgx_kvm_sw import __version__
 from dgx_kvm_sw.cli.overview import DESCRIPTION, USAGE, overview
 from dgx_kvm_sw.cli.verbs import VERBS, add_everywhere
 
@@ -45,6 +44,16 @@ class Parser(argparse.ArgumentParser):
 class _Main(Parser):
     def format_help(self) -> str:
         return f"{overview()}\n"
+
+
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for: that takes as long as all of `--help`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from dgx_kvm_sw.cli.version import version
+
+        print(f"dgx-kvm {version()}")
+        parser.exit()
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -91,7 +100,7 @@ def tree(needed: Iterable[str] | None = None) -> tuple[Parser, dict[str, Parser]
         parser_class=Parser,
     )
     add_everywhere(parser, reads=True)
-    parser.add_argument("--version", action="version", version=f"dgx-kvm {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     parsers = {}
     for verb in VERBS:
         sub = verbs.add_parser(
@@ -123,7 +132,7 @@ def _sentence(message: str, prog: str) -> tuple[str, str]:
         word = choice[1].strip("'")
         options = choice[2].replace("'", "").split(", ")
         hint = _nearest(word, options, f"choose from {', '.join(options)}")
-        kind = "verb" if subject == "VERB" else "platform"
+        kind = {"VERB": "verb", "MODE": "mode"}.get(subject, "platform")
         return f"there is no {kind} {word!r}", hint
     if rest == "VERB":
         return "a verb is missing: what is to be done?", "`dgx-kvm --help` lists the verbs"

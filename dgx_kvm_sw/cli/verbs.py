@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser as Parser
     from collections.abc import Callable
 
+MODES = ("kvm", "bare-metal")
 PLATFORMS = ("dgx2", "dgx-a100", "dgx-h100", "dgx-h200", "dgx-b200")
 EVERYWHERE = (
     (("-f", "--file"), "FILE", "another file than /etc/dgx-kvm/vms.yaml"),
@@ -224,9 +225,39 @@ def _start(parser: Parser) -> None:
 
 
 def _stop(parser: Parser) -> None:
+    parser.add_argument("names", metavar="NAME", nargs="*", type=_vm_name, help="the VMs")
+    parser.add_argument("--all", action="store_true", help="every VM that runs")
+    _power(parser)
+    _wait(parser)
+
+
+def _restart(parser: Parser) -> None:
     _names(parser)
     _power(parser)
     _wait(parser)
+
+
+def _mode(parser: Parser) -> None:
+    parser.add_argument(
+        "mode",
+        metavar="MODE",
+        nargs="?",
+        choices=MODES,
+        help="kvm or bare-metal: what the next boot is to be; without it, show the mode",
+    )
+    parser.add_argument(
+        "--reboot", action="store_true", help="reboot at once, unless VMs run that it would end"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="say what KVM mode needs and whether it is there; exit with 1 when something is not",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="after a boot in KVM mode: see that every device is where VMs need it",
+    )
 
 
 def _one_name(parser: Parser) -> None:
@@ -321,7 +352,11 @@ VERBS = (
         "vms",
         "shut VMs down and release their GPUs",
         "The guest is asked to shut down, and waited for.",
-        ("dgx-kvm stop hr-train", "dgx-kvm stop hr-train --timeout 30 --force"),
+        (
+            "dgx-kvm stop hr-train",
+            "dgx-kvm stop hr-train --timeout 30 --force",
+            "dgx-kvm stop --all",
+        ),
         _stop,
         reads=False,
     ),
@@ -331,7 +366,7 @@ VERBS = (
         "stop and start VMs; changes that waited for it take effect",
         "They start with the definition that libvirt holds; apply brings it up to date.",
         ("dgx-kvm restart hr-train",),
-        _stop,
+        _restart,
         reads=False,
     ),
     Verb(
@@ -368,6 +403,21 @@ VERBS = (
         "Needs neither vms.yaml nor libvirt.",
         ("dgx-kvm topology", "dgx-kvm --simulate dgx-h100 topology"),
         _nothing,
+        reads=True,
+    ),
+    Verb(
+        "mode",
+        "mode",
+        "show whether this host boots bare metal or for VMs, or switch it",
+        "In KVM mode the GPUs are the VMs', in bare metal they are the host's. A switch takes\n"
+        "effect at the next boot; until then nothing changes, and it can be taken back.",
+        (
+            "dgx-kvm mode",
+            "dgx-kvm mode --check",
+            "dgx-kvm mode kvm --reboot",
+            "dgx-kvm mode bare-metal",
+        ),
+        _mode,
         reads=True,
     ),
 )

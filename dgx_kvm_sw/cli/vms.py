@@ -26,8 +26,16 @@ def start(args: Namespace) -> int:
 
 
 def stop(args: Namespace) -> int:
+    if args.all and args.names:
+        raise UsageError("--all means every VM", "leave out the names, or --all")
+    if not (args.all or args.names):
+        raise UsageError("NAME is missing", "name VMs, or say --all for every VM that runs")
     power = Power(args.timeout, args.force)
     with hold(site_of(args), args, Intent(), needs_file=False) as session:
+        if args.all:
+            domains = session.situation.current.domains
+            args.names = [each.name for each in domains if each.managed and each.running]
+            say("" if args.names else "no VM runs", quiet=args.quiet)
         return _each(session, args, session.situation.stop_actions, power, PowerState.STOPPED)
 
 
