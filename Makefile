@@ -23,25 +23,28 @@ BUILD_PACKAGES := $(RUN_PACKAGES) debhelper dh-python dpkg-dev pybuild-plugin-py
 # Pinned: a newer linter may not find new faults in old code on the day of a release.
 TOOL_PACKAGES := ruff==0.17.6 types-PyYAML==6.0.12.20261113 types-jsonschema==4.26.0.20261006
 
-.PHONY: demo test lint unit integration bench deb docs format clean
+.PHONY: demo test lint unit integration package bench deb docs format clean
 
 demo: .cache/installed-run
 	./demo
 
-test: lint unit integration
+test: lint unit integration package
 
 lint: .cache/installed-test $(TOOLS)/done deb
 	$(TOOLS)/bin/ruff format --check .
 	$(TOOLS)/bin/ruff check .
 	$(TOOLS)/bin/python -m mypy
 	shellcheck -x demo .ci/run debian/host/{assignable,generator,host-mode,init-top} \
-		debian/host/{initramfs-hook,live-host,qemu-hook}
+		debian/host/{initramfs-hook,live-host,qemu-hook} debian/tests/{cli,install-remove,mode-switch}
 	shellcheck -s sh debian/host/grub-guard.cfg
 	rm -rf .cache/scripts && dpkg-deb --control build/deb/*.deb .cache/scripts
 	shellcheck .cache/scripts/{preinst,postinst,prerm,postrm}
 
 unit: .cache/installed-test docs
-	$(PYTHON) -m pytest -n 2 -m "not integration"
+	$(PYTHON) -m pytest -n 2 -m "not integration and not package"
+
+package: .cache/installed-package deb
+	$(PYTHON) -m pytest -n 2 -m package tests/package
 
 integration: .cache/installed-test
 	$(PYTHON) -m pytest -m integration tests/integration
@@ -73,6 +76,8 @@ clean:
 # Installs only what is missing, so that a second run needs neither root nor network.
 .cache/installed-run: PACKAGES := $(RUN_PACKAGES)
 .cache/installed-test: PACKAGES := $(TEST_PACKAGES)
+.cache/installed-package: PACKAGES := $(TEST_PACKAGES) $(BUILD_PACKAGES) mmdebstrap piuparts \
+	autopkgtest git
 .cache/installed-deb: PACKAGES := $(BUILD_PACKAGES)
 .cache/installed-%: Makefile
 	@mkdir -p .cache
