@@ -162,7 +162,7 @@ def run_hook(root: Path) -> Path:
     functions.write_text('manual_add_modules() { echo "$@" >>"$DESTDIR/modules"; }\n')
     image = root / "image"
     image.mkdir()
-    script = root / "usr/lib/dgx-kvm/init-top"
+    script = image / "scripts/init-top/dgx-kvm"  # mkinitramfs has copied it before
     script.parent.mkdir(parents=True)
     shutil.copy(SHIPPED / "init-top", script)
     environment = {"DPKG_ROOT": str(root), "DESTDIR": str(image), "PATH": "/usr/bin:/bin"}
@@ -170,17 +170,15 @@ def run_hook(root: Path) -> Path:
     return image
 
 
-def test_image_of_an_armed_host_gets_module_list_and_script(tmp_path: Path) -> None:
+def test_image_of_an_armed_host_keeps_script_and_gets_module_and_list(tmp_path: Path) -> None:
     devices = tmp_path / "var/lib/dgx-kvm/devices"
     devices.parent.mkdir(parents=True)
     devices.write_text(LIST)
     image = run_hook(tmp_path)
     assert (image / "etc/dgx-kvm/devices").read_text() == LIST
     assert (image / "modules").read_text() == "vfio-pci vfio_iommu_type1\n"
-    script = image / "scripts/init-top/dgx-kvm"
-    assert script.read_text() == (SHIPPED / "init-top").read_text()
-    assert os.access(script, os.X_OK)
+    assert os.access(image / "scripts/init-top/dgx-kvm", os.X_OK)
 
 
 def test_image_of_another_host_gets_nothing(tmp_path: Path) -> None:
-    assert not list(run_hook(tmp_path).iterdir())
+    assert not [path for path in run_hook(tmp_path).rglob("*") if path.is_file()]

@@ -171,7 +171,7 @@ def build(root: Path, programs: Path) -> Host:
         ("grub-guard.cfg", "etc/default/grub.d/zz-dgx-kvm.cfg"),
         ("live-host", "usr/lib/dgx-kvm/live-host"),
         ("bare-metal", "usr/lib/dgx-kvm/bare-metal"),
-        ("init-top", "usr/lib/dgx-kvm/init-top"),
+        ("init-top", "usr/share/initramfs-tools/scripts/init-top/dgx-kvm"),
         ("initramfs-hook", "usr/share/initramfs-tools/hooks/dgx-kvm"),
     ):
         host.write(target, "")
@@ -554,7 +554,7 @@ def test_disarm_without_update_grub_says_so(armed: Host) -> None:
 
 
 def test_refresh_rebuilds_images_for_a_new_script_only(armed: Host) -> None:
-    armed.write("usr/lib/dgx-kvm/init-top", "new version\n")
+    armed.write("usr/share/initramfs-tools/scripts/init-top/dgx-kvm", "new version\n")
     assert armed("refresh").returncode == 0
     assert "update-initramfs" in armed.did()
     assert "update-grub" not in armed.did()

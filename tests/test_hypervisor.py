@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import libvirt
 import pytest
 from hosts import FOREIGN_XML, SimulatedHost
 
@@ -104,6 +105,25 @@ def test_a_guest_that_does_not_listen(hypervisor: Hypervisor, uuid: str, force: 
 def test_a_shut_down_waits_for_its_end(hypervisor: Hypervisor, uuid: str) -> None:
     hypervisor.start("a", uuid)
     hypervisor.shut_down("a", uuid, 5, force=False)
+    assert hypervisor.domain("a").live is None
+
+
+@pytest.mark.parametrize("way", ["shutdown", "destroy"])
+def test_a_guest_may_go_off_by_itself_just_before(
+    hypervisor: Hypervisor, uuid: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is the refusal: libvirt turns nothing off that is off."""
+    destroy, refused = libvirt.virDomain.destroy, getattr(libvirt.virDomain, way)
+
+    def late(domain: libvirt.virDomain) -> None:
+        destroy(domain)
+        with pytest.raises(libvirt.libvirtError, match="not running"):
+            refused(domain)
+        refused(domain)
+
+    monkeypatch.setattr(libvirt.virDomain, way, late)
+    hypervisor.start("a", uuid)
+    hypervisor.shut_down("a", uuid, 1 if way == "shutdown" else 0, force=way == "destroy")
     assert hypervisor.domain("a").live is None
 
 

@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 DOORS: dict[str, set[str]] = {
     "subprocess": {"access/run.py"},
     "libvirt": {"guest/hypervisor.py"},
+    "libvirt_qemu": {"guest/hypervisor.py"},
     "jinja2": {"guest/templates.py"},
     "jsonschema": {"guest/schema.py"},
     "argparse": {"cli/"},

@@ -61,6 +61,9 @@ def test_install_arms_kvm_mode_and_touches_nothing_else(
     for kernel in KERNELS:
         listing = boot.image_listing(host, kernel)
         assert "scripts/init-top/dgx-kvm" in listing
+        order = boot.image_file(host, kernel, "scripts/init-top/ORDER").split()
+        ours, udev = (order.index(f"/scripts/init-top/{name}") for name in ("dgx-kvm", "udev"))
+        assert ours < udev, "udev would load the devices' own drivers"
         devices = boot.image_file(host, kernel, "etc/dgx-kvm/devices")
         assert devices == host.read("/var/lib/dgx-kvm/devices")
     assert "0000:18:00.0 0x144d 0xa824 0x010802\n" in devices, "a data drive goes to VMs"
