@@ -1,9 +1,12 @@
-# make demo    the main job on a simulated DGX-2, end to end
-# make test    all tests, linters and types
-# make bench   placement against the exact optimum; speed against the floor
-# make deb     the package, in build/deb
-# make docs    the man page and the bash completion, from the argument tree
-# make format  put the code into its form
+# make demo       the main job on a simulated DGX-2, end to end
+# make test       all tests, linters and types
+# make deb        the package, in build/deb
+# make lab        an emulated DGX-2 with the package installed, and its root console
+# make lab-shell  the same without the package
+# make lab-test   the story of an operator on the emulated DGX-2, unattended
+# make bench      placement against the exact optimum; speed against the floor
+# make docs       the man page and the bash completion, from the argument tree
+# make format     put the code into its form
 #
 # As root on Debian 12 or later each target installs what it needs, with apt and, for the
 # linter alone, pip. Tests use the system's Python and packages: what users get.
@@ -23,7 +26,7 @@ BUILD_PACKAGES := $(RUN_PACKAGES) debhelper dh-python dpkg-dev pybuild-plugin-py
 # Pinned: a newer linter may not find new faults in old code on the day of a release.
 TOOL_PACKAGES := ruff==0.17.6 types-PyYAML==6.0.12.20261113 types-jsonschema==4.26.0.20261006
 
-.PHONY: demo test lint unit integration package bench deb docs format clean
+.PHONY: demo test lint unit integration package lab lab-shell lab-test bench deb docs format clean
 
 demo: .cache/installed-run
 	./demo
@@ -35,7 +38,9 @@ lint: .cache/installed-test $(TOOLS)/done deb
 	$(TOOLS)/bin/ruff check .
 	$(TOOLS)/bin/python -m mypy
 	shellcheck -x demo .ci/run debian/host/{assignable,generator,host-mode,init-top} \
-		debian/host/{initramfs-hook,live-host,qemu-hook} debian/tests/{cli,install-remove,mode-switch}
+		debian/host/{initramfs-hook,live-host,qemu-hook} debian/tests/{cli,install-remove,mode-switch} \
+		tests/lab/overlay/usr/local/sbin/lab-shell
+	shellcheck -s sh tests/lab/guest-init
 	shellcheck -s sh debian/host/grub-guard.cfg
 	rm -rf .cache/scripts && dpkg-deb --control build/deb/*.deb .cache/scripts
 	shellcheck .cache/scripts/{preinst,postinst,prerm,postrm}
@@ -48,6 +53,18 @@ package: .cache/installed-package deb
 
 integration: .cache/installed-test
 	$(PYTHON) -m pytest -m integration tests/integration
+
+# The emulated DGX; tests/lab/README.md. RELEASE=trixie: on Debian 13. FULL=1: all that lab-test can.
+LAB := PYTHONPATH=tests $(PYTHON) -m lab
+RELEASE := bookworm
+lab: .cache/installed-lab deb
+	$(LAB) shell --installed --release $(RELEASE)
+
+lab-shell: .cache/installed-lab
+	$(LAB) shell --release $(RELEASE)
+
+lab-test: .cache/installed-lab deb
+	$(LAB) test --release $(RELEASE) $(if $(FULL),--full)
 
 bench: .cache/installed-test
 	$(PYTHON) -m bench.placement
@@ -76,6 +93,7 @@ clean:
 # Installs only what is missing, so that a second run needs neither root nor network.
 .cache/installed-run: PACKAGES := $(RUN_PACKAGES)
 .cache/installed-test: PACKAGES := $(TEST_PACKAGES)
+.cache/installed-lab: PACKAGES := $(BUILD_PACKAGES) mmdebstrap util-linux debian-archive-keyring
 .cache/installed-package: PACKAGES := $(TEST_PACKAGES) $(BUILD_PACKAGES) mmdebstrap piuparts \
 	autopkgtest git
 .cache/installed-deb: PACKAGES := $(BUILD_PACKAGES)

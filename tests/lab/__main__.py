@@ -1,0 +1,139 @@
+"""The lab from the command line: `python3 -m lab VERB`, see README.md."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from lab import build
+from lab.cache import ROOT, say
+from lab.console import Shell
+from lab.image import RELEASES
+from lab.machine import Machine, overlay
+from lab.negative import negative_hosts
+from lab.packages import LabError
+from lab.powercuts import power_cuts
+from lab.qemu import Hardware, Iommu
+from lab.shape import named, names
+from lab.story import tell
+from lab.terminal import interact
+from lab.tools import tools
+
+
+def main() -> int:
+    """Run a verb; problems of the lab are one message, not a traceback."""
+    options = _arguments().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return int(options.verb(options))
+    except LabError as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python3 -m lab", description=__doc__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, function: object, text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text)
+        added.set_defaults(verb=function)
+        added.add_argument("--release", choices=RELEASES, default="bookworm")
+        added.add_argument("--bare", action="store_true", help="no libvirt and QEMU in the host")
+        return added
+
+    verb("build", _build, "make what a machine needs; minutes, once")
+    for name, function, text in (
+        ("boot", _boot, "boot a machine and keep it until Ctrl-C; `run` talks to it"),
+        ("shell", _shell, "boot a machine and give its root shell"),
+    ):
+        added = verb(name, function, text)
+        added.add_argument("--shape", choices=names(), default="dgx2-small")
+        added.add_argument("--iommu", choices=[kind.value for kind in Iommu], default="full")
+        added.add_argument("--no-gpus", action="store_true", help="QEMU's own devices only")
+        added.add_argument("--keep-disk", action="store_true", help="go on with its last disk")
+        added.add_argument("--installed", action="store_true", help="with the built package")
+        added.add_argument("--name", default="host")
+    added = verb("test", _test, "tell the story of an operator, unattended")
+    added.add_argument("--full", action="store_true", help="all of it; hours")
+    added.add_argument("--seed", type=int, default=int(time.time()), help="of the power cuts")
+    added.add_argument("--cuts", type=int, default=4, help="how many power cuts a release gets")
+    added = verb("run", _run, "run a command in a machine that `boot` keeps")
+    added.add_argument("--name", default="host")
+    added.add_argument("command")
+    return parser
+
+
+def _build(options: argparse.Namespace) -> int:
+    say(f"disk: {build.disk(options.release, not options.bare)}")
+    say(f"image for its VMs: {build.guest_image(options.release)}")
+    return 0
+
+
+def _machine(options: argparse.Namespace) -> Machine:
+    kit = tools()
+    disk = ROOT / "disks" / f"{options.name}.qcow2"
+    if not (options.keep_disk and disk.exists()):
+        if options.installed:
+            base = build.installed_disk(options.release, build.package())
+        else:
+            base = build.disk(options.release, not options.bare)
+        overlay(kit, base, disk)
+    hardware = Hardware(
+        named(options.shape), disk, iommu=Iommu(options.iommu), served=not options.no_gpus
+    )
+    return Machine(kit, hardware, options.name)
+
+
+def _boot(options: argparse.Namespace) -> int:
+    with _machine(options) as machine:
+        machine.boot()
+        machine.detach()
+        (machine.real / "directory").write_text(str(machine.directory))
+        say("ready; Ctrl-C cuts its power")
+        with contextlib.suppress(ChildProcessError):
+            machine.processes["qemu"].wait()
+    return 0
+
+
+def _shell(options: argparse.Namespace) -> int:
+    with _machine(options) as machine:
+        machine.boot()
+        interact(machine.directory)
+    return 0
+
+
+def _test(options: argparse.Namespace) -> int:
+    package = build.package()
+    if not options.full:
+        tell(package, options.release, "dgx2-small")
+        return 0
+    for release in RELEASES:
+        for shape in ("dgx2-small", "dgx2"):
+            tell(package, release, shape)
+        negative_hosts(package, release)
+        power_cuts(package, release, options.cuts, options.seed)
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        directory = (ROOT / "runs" / options.name / "directory").read_text()
+    except FileNotFoundError as error:
+        raise LabError(f"no machine {options.name} is kept; see: boot --name") from error
+    with contextlib.closing(Shell(Path(directory) / "shell.sock")) as shell:
+        shell.attach()
+        result = shell.answer(shell.send(options.command), timeout=3600)
+    os.write(1, result.output.encode())
+    return result.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

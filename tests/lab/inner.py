@@ -1,0 +1,82 @@
+"""The image of the VMs: one file system in memory that reports what it sees, then obeys.
+
+On its serial console it prints, each line after "lab-guest:", its CPUs, NUMA nodes and PCI devices,
+then "ready". A power button (`virsh shutdown`) ends it. Lines typed there: report, reboot,
+poweroff. Made from the host image's own kernel and busybox; boots by UEFI from any disk.
+"""
+
+from __future__ import annotations
+
+import lzma
+import shutil
+import tarfile
+from pathlib import Path, PurePosixPath
+
+from lab.tools import Tools
+
+KERNEL = "boot/vmlinuz-"
+BUSYBOX = ("usr/bin/busybox", "bin/busybox")
+MODULES = ("evdev", "button")  # what turns the power button into something to read
+DISK_MIB, ESP_MIB = 128, 120
+
+GRUB_CFG = """\
+search --no-floppy --file /lab-guest/vmlinuz --set root
+linux /lab-guest/vmlinuz console=ttyS0 no_timer_check panic=5 quiet
+initrd /lab-guest/initrd
+boot
+"""
+
+INIT = Path(__file__).with_name("guest-init")
+
+
+def save_pieces(tree: Path, directory: Path) -> None:
+    """Take from a host's root file system what the guest is made of."""
+    directory.mkdir()
+    with tarfile.open(tree) as archive:
+        for member in archive:
+            name = member.name.removeprefix("./")
+            if member.isfile() and name.startswith(KERNEL):
+                _save(archive, member, directory / "vmlinuz")
+            elif member.isfile() and name in BUSYBOX:
+                _save(archive, member, directory / "busybox")
+            module = PurePosixPath(name).name.partition(".")
+            if module[0] in MODULES and module[2] in ("ko", "ko.xz"):
+                _save(archive, member, directory / f"{module[0]}.ko")
+
+
+def _save(archive: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+    file = archive.extractfile(member)
+    assert file
+    data = file.read()
+    target.write_bytes(lzma.decompress(data) if member.name.endswith(".xz") else data)
+
+
+def make_guest(tools: Tools, directory: Path, pieces: Path) -> None:
+    """Leave `guest.qcow2` in the directory."""
+    root = directory / "root"
+    for folder in ("bin", "lib"):
+        (root / folder).mkdir(parents=True)
+    shutil.copy(pieces / "busybox", root / "bin/busybox")
+    (root / "bin/busybox").chmod(0o755)
+    for module in pieces.glob("*.ko"):
+        shutil.copy(module, root / "lib")
+    shutil.copy(INIT, root / "init")
+    (root / "init").chmod(0o755)
+    names = [str(path.relative_to(root)) for path in sorted(root.rglob("*"))]
+    initrd, raw = directory / "initrd", directory / "guest.raw"
+    tools.run(
+        "bin/cpio", "--quiet", "-o", "-H", "newc", "-R", "0:0", "-F", str(initrd),
+        text="\n".join(names), where=root,
+    )  # fmt: skip
+    with raw.open("wb") as file:
+        file.truncate(DISK_MIB << 20)
+    table = f"label: gpt\nstart=1MiB, size={ESP_MIB}MiB, type=uefi\n"
+    tools.run("sbin/sfdisk", "--quiet", str(raw), text=table)
+    esp = tools.make_esp(directory, raw, 1, ESP_MIB, GRUB_CFG)
+    tools.run("bin/mmd", "-i", esp, "::/lab-guest")
+    tools.run("bin/mcopy", "-i", esp, str(pieces / "vmlinuz"), str(initrd), "::/lab-guest")
+    qcow2 = directory / "guest.qcow2"
+    tools.run("bin/qemu-img", "convert", "-O", "qcow2", str(raw), str(qcow2))
+    raw.unlink()
+    initrd.unlink()
+    shutil.rmtree(root)

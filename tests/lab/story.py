@@ -1,0 +1,327 @@
+"""The story of an operator in the emulated DGX: install, VMs of two tenants, remove, as it was.
+
+Each step says what it shows and how long it took; the first that fails ends the story and leaves
+the console log and the disk below `.cache/lab/runs` for a look.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab import build
+from lab.cache import ROOT, say
+from lab.hostfacts import Facts, Function, differences, facts, functions, modules
+from lab.machine import Machine, overlay
+from lab.packages import LabError
+from lab.qemu import Hardware
+from lab.shape import Shape, named
+from lab.tools import tools
+
+WORD = "dgx_kvm.mode=kvm"
+STAND_IN = "nvidia-persistenced.service"
+REPOSITORY = "/srv/dgx-kvm"
+SOURCE = "/etc/apt/sources.list.d/dgx-kvm.sources"
+APT = f"apt-get -y -o Dir::Etc::sourcelist={SOURCE} -o Dir::Etc::sourceparts=- "
+INSTALL, GUESTS = 1800.0, 600.0  # seconds; several times what TCG needs
+
+
+class StoryError(LabError):
+    """The machine is not as the story tells."""
+
+
+@dataclass(frozen=True)
+class Vm:
+    name: str
+    tenant: str
+    gpus: int
+
+    @property
+    def line(self) -> str:
+        return f"{{name: {self.name}, tenant: {self.tenant}, gpus: {self.gpus}}}"
+
+
+VMS = {
+    "dgx2-small": (Vm("hr-one", "hr", 1), Vm("it-one", "it", 1), Vm("it-two", "it", 2)),
+    "dgx2": (Vm("hr-one", "hr", 1), Vm("it-two", "it", 2), Vm("it-four", "it", 4)),
+}
+
+
+@contextmanager
+def told(text: str) -> Iterator[None]:
+    """A step of the story: a line when it is done."""
+    begin = time.monotonic()
+    try:
+        yield
+    except BaseException:
+        say(f"FAILED: {text}")
+        raise
+    say(f"{text} ({time.monotonic() - begin:.0f} s)")
+
+
+def expect(truth: object, otherwise: str) -> None:
+    if not truth:
+        raise StoryError(otherwise)
+
+
+def tell(package: Path, release: str, shape: str) -> None:
+    """The whole story on a new disk; needs `package`, the .deb."""
+    kit = tools()
+    name = f"story-{release}-{shape}"
+    disk = overlay(kit, build.disk(release), ROOT / "disks" / f"{name}.qcow2")
+    guest = build.guest_image(release)
+    with Machine(kit, Hardware(named(shape), disk), name) as host:
+        story = Story(host, named(shape), VMS[shape])
+        story.bare_metal(package)
+        story.install()
+        story.kvm_mode()
+        story.vms(guest)
+        story.guest_reboot()
+        story.host_reboot()
+        story.change()
+        story.remove()
+
+
+@dataclass
+class Story:
+    host: Machine
+    shape: Shape
+    vms_wanted: tuple[Vm, ...]
+    beginning: Facts | None = None
+
+    # --- bare metal
+
+    def bare_metal(self, package: Path) -> None:
+        with told("the DGX boots bare metal"):
+            self.host.boot()
+        with told("everything that can be seen of it is recorded"):
+            self.make_stand_in()
+            self.make_repository(package)
+            self.beginning = facts(self.host)
+            gpus = [one for one in self.beginning.functions if one.is_gpu]
+            expect(len(gpus) == len(self._kind("gpu")), f"{len(gpus)} GPUs are there")
+
+    def make_stand_in(self) -> None:
+        """A service of the name of one that needs the GPUs; there is no NVIDIA driver here."""
+        self.host.check(
+            "printf '[Service]\\nExecStart=/bin/sleep infinity\\n[Install]\\n"
+            f"WantedBy=multi-user.target\\n' >/etc/systemd/system/{STAND_IN}; "
+            f"systemctl enable --now {STAND_IN}"
+        )
+
+    def make_repository(self, package: Path) -> None:
+        """A folder that apt takes packages from, since there is no network."""
+        host = self.host
+        host.check(f"mkdir -p {REPOSITORY} && chmod 755 /srv {REPOSITORY}")
+        host.put(package, f"{REPOSITORY}/{package.name}")
+        host.check(
+            f"cd {REPOSITORY} && {{ dpkg-deb -f {package.name}; echo Filename: ./{package.name};"
+            f" echo Size: $(stat -c %s {package.name});"
+            f" echo SHA256: $(sha256sum <{package.name} | cut -d' ' -f1); }} >Packages;"
+            "printf 'Types: deb\\nURIs: file:%s\\nSuites: ./\\nTrusted: yes\\n'"
+            f" {REPOSITORY} >{SOURCE}"
+        )
+
+    def install(self) -> None:
+        host = self.host
+        with told("apt install dgx-kvm-sw, from a folder, without a network"):
+            said = host.check(f"{APT} update && {APT} install dgx-kvm-sw", INSTALL)
+            expect("from its next boot on, this host gives" in said, f"install said:\n{said}")
+        with told("still bare metal until the reboot"):
+            assert self.beginning
+            expect(functions(host) == self.beginning.functions, "a driver changed at once")
+            expect(self._active(STAND_IN) == "active", f"{STAND_IN} was stopped")
+            expect("reboot" in host.check("dgx-kvm mode"), "dgx-kvm mode asks for no reboot")
+            host.check("test -e /run/reboot-required")
+
+    # --- KVM mode
+
+    def kvm_mode(self) -> None:
+        host = self.host
+        with told("reboot"):
+            host.reboot()
+            state = host.settled()
+            failed = host.check("systemctl --failed --no-legend --plain")
+            expect(state == "running", f"the host is {state}: {failed}")
+            expect(WORD in host.check("cat /proc/cmdline"), "the word is not on the command line")
+        with told("GPUs, NVSwitches, free NICs and drives are on vfio-pci; the rest untouched"):
+            self._check_drivers()
+            expect(not modules(host) & {"nouveau", "nvidia"}, "nouveau is loaded")
+            expect(self._active(STAND_IN) == "inactive", f"{STAND_IN} runs in KVM mode")
+            expect(
+                host.check(f"systemctl is-enabled {STAND_IN}").strip() == "enabled",
+                f"{STAND_IN} was disabled",
+            )
+            host.check("dgx-kvm mode --verify && dgx-kvm mode --check")
+
+    def _check_drivers(self) -> None:
+        assert self.beginning
+        listed = set(self.host.check("cut -d' ' -f1 /var/lib/dgx-kvm/devices").split())
+        now = {one.address: one for one in functions(self.host)}
+        for before in self.beginning.functions:
+            given = before.is_gpu or before.is_nvswitch or before.address in listed
+            wanted = "vfio-pci" if given else before.driver
+            found = now[before.address].driver
+            expect(found == wanted, f"{before.address} has the driver {found}, not {wanted}")
+        kinds = {now[address].class_code[:6] for address in listed}
+        expect(kinds == {"0x0108", "0x0200"}, f"of NICs and drives only {kinds} go to VMs")
+
+    # --- VMs
+
+    def vms(self, guest: Path) -> None:
+        host = self.host
+        with told("an image and vms.yaml: VMs of two tenants"):
+            build.add_guest_image(host, guest)
+            self._write_vms(self.vms_wanted)
+            plan = host.run("dgx-kvm plan")
+            expect(plan.code == 2, f"plan: {plan.code}\n{plan.output}")
+        with told("dgx-kvm apply"):
+            host.check("dgx-kvm apply", GUESTS)
+        for vm in self.vms_wanted:
+            with told(f"{vm.name} reports its {vm.gpus} GPU(s), CPUs and NUMA layout"):
+                self._check_guest(vm)
+        with told("CPUs are pinned as the definition says"):
+            for vm in self.vms_wanted:
+                self._check_pins(vm)
+        with told("a second apply does nothing"):
+            said = host.check("dgx-kvm apply && dgx-kvm status --check", GUESTS)
+            expect("created" not in said and "started" not in said, said)
+
+    def _write_vms(self, vms: Iterable[Vm]) -> None:
+        lines = "".join(f"  - {vm.line}\n" for vm in vms)
+        text = (
+            "version: 1\ntenants: {hr: {}, it: {}}\n"
+            "host: {cpu_pool: {cpus: 0, memory: 0GiB}}\n"
+            "defaults: {image: lab-guest, networks: [{bridge: br0}]}\n"
+            f"vms:\n{lines}"
+        )
+        self.host.check(f"cat >/etc/dgx-kvm/vms.yaml <<'END'\n{text}END")
+
+    def _check_guest(self, vm: Vm) -> None:
+        seen = self._report(vm.name)
+        devices = re.findall(r"pci \S+ (\S{4}:\S{4}) class (\S{4})", seen)
+        xml = self.host.check(f"virsh dumpxml {vm.name}")
+        addresses = re.findall(
+            r"<source>\s*<address domain='0x(\w+)' bus='0x(\w+)' slot='0x(\w+)' function='0x(\w+)'",
+            xml,
+        )
+        given = {f"{d}:{b}:{s}.{f}" for d, b, s, f in addresses}
+        on_host = {one.address: one for one in functions(self.host)}
+        wanted = sorted(_id(on_host[address]) for address in given)
+        ours = {_id(one) for one in on_host.values() if one.driver == "vfio-pci"}
+        found = sorted(id for id, _ in devices if id in ours)
+        expect(found == wanted, f"{vm.name} sees {found}, not {wanted}")
+        gpus = [id for id, code in devices if code == "0302"]
+        expect(len(gpus) == vm.gpus, f"{vm.name} sees {len(gpus)} GPUs")
+        cpus = re.search(r"<vcpu placement='static'>(\d+)", xml)
+        expect(cpus and f"cpus {cpus[1]}," in seen, f"{vm.name} sees other CPUs than {cpus}")
+        expect("hypervisor KVM" in seen, f"{vm.name} does not run on KVM")
+        cells = len(re.findall(r"<cell id=", xml))
+        nodes = len(re.findall(r"lab-guest: node ", seen))
+        expect(cells == nodes, f"{vm.name} sees {nodes} NUMA nodes, not {cells}")
+        nodes_of = {
+            self.host.check(f"cat /sys/bus/pci/devices/{address}/numa_node").strip()
+            for address in given
+        }
+        expect(len(nodes_of) == 1, f"{vm.name} has devices of NUMA nodes {nodes_of}")
+
+    def _report(self, name: str, boots: int = 1) -> str:
+        """What the VM said at its latest boot, on its console."""
+        log = f"/var/log/libvirt/qemu/{name}.console.log"
+        deadline = time.monotonic() + GUESTS
+        while time.monotonic() < deadline:
+            reports = self.host.run(f"cat {log}").output.split("lab-guest: ready")
+            if len(reports) > boots:
+                return reports[-2]
+            time.sleep(5)
+        raise StoryError(f"{name} did not report its boot {boots}")
+
+    def _check_pins(self, vm: Vm) -> None:
+        xml = self.host.check(f"virsh dumpxml {vm.name}")
+        pins = {int(cpu): mask for cpu, mask in re.findall(r"vcpu='(\d+)' cpuset='(\S+)'", xml)}
+        seen = self.host.check(
+            f"for t in /proc/$(cat /run/libvirt/qemu/{vm.name}.pid)/task/*; do"
+            ' echo "$(cat $t/comm) $(sed -n "s/^Cpus_allowed_list:\\s*//p" $t/status)"; done'
+        )
+        threads = dict(re.findall(r"CPU (\d+)/KVM (\S+)", seen))
+        found = {int(cpu): mask for cpu, mask in threads.items()}
+        expect(pins and found == pins, f"{vm.name} runs on {found}, not {pins}")
+
+    def guest_reboot(self) -> None:
+        vm = self.vms_wanted[0]
+        with told(f"{vm.name} reboots itself and is back"):
+            boots = self.host.check(f"cat /var/log/libvirt/qemu/{vm.name}.console.log").count(
+                "lab-guest: ready"
+            )
+            self.host.check(f"echo reboot >$(virsh ttyconsole {vm.name})")
+            self._report(vm.name, boots + 1)
+            expect(self._running() == self._names(), "not all VMs run after a guest's reboot")
+
+    def host_reboot(self) -> None:
+        with told("the host reboots: its VMs shut down in order and come back"):
+            self.host.reboot()
+            state = self.host.settled(GUESTS + 600)
+            expect(state == "running", f"the host is {state}")
+            expect(self._running() == self._names(), f"{self._running()} run after the reboot")
+            for vm in self.vms_wanted:
+                log = self.host.check(f"cat /var/log/libvirt/qemu/{vm.name}.console.log")
+                expect("lab-guest: power button" in log, f"{vm.name} was not shut down in order")
+
+    def change(self) -> None:
+        gone, *kept = self.vms_wanted
+        with told(f"{gone.name} leaves vms.yaml: it runs on until apply --prune --restart"):
+            self._write_vms(kept)
+            self.host.run("dgx-kvm apply", GUESTS)
+            expect(gone.name in self._running(), f"{gone.name} was stopped unasked")
+            self.host.check("dgx-kvm apply --prune --restart --delete-disks", GUESTS)
+            expect(self._running() == {vm.name for vm in kept}, f"{self._running()} run")
+        self.vms_wanted = tuple(kept)
+
+    # --- the way back
+
+    def remove(self) -> None:
+        host = self.host
+        with told("apt remove is refused while VMs run"):
+            result = host.run(f"{APT} remove dgx-kvm-sw", INSTALL)
+            names = all(vm.name in result.output for vm in self.vms_wanted)
+            expect(result.code and names and "dgx-kvm stop --all" in result.output, result.output)
+            expect(self._running() == self._names(), "refusing the removal stopped a VM")
+        with told("no VM is declared: prune them all, with their disks"):
+            self._write_vms(())
+            host.check("sed -i 's/^vms:$/vms: []/' /etc/dgx-kvm/vms.yaml")
+            host.check("dgx-kvm apply --prune --restart --delete-disks", GUESTS)
+            host.check(f"rm -r {build.CATALOGUE} {build.GUEST_IMAGE}")
+        with told("apt remove dgx-kvm-sw"):
+            said = host.check(f"{APT} remove dgx-kvm-sw", INSTALL)
+            expect("from its next boot on this host is as it was before" in said, said)
+        with told("reboot"):
+            host.reboot()
+            expect(host.settled() == "running", "the host is not well after the removal")
+        with told("purge; everything is as recorded at the beginning, grub.cfg byte for byte"):
+            host.check("dpkg --purge dgx-kvm-sw")
+            assert self.beginning
+            found = differences(self.beginning, facts(host))
+            expect(not found, "\n".join(["left or lost:", *found]))
+            expect(self._active(STAND_IN) == "active", f"{STAND_IN} does not run")
+
+    # ---
+
+    def _kind(self, kind: str) -> list[str]:
+        return [device.name for device in self.shape.devices if device.kind == kind]
+
+    def _names(self) -> set[str]:
+        return {vm.name for vm in self.vms_wanted}
+
+    def _running(self) -> set[str]:
+        return set(self.host.check("virsh list --name").split())
+
+    def _active(self, unit: str) -> str:
+        return self.host.run(f"systemctl is-active {unit}").output.strip()
+
+
+def _id(function: Function) -> str:
+    return f"{function.vendor[2:]}:{function.device[2:]}"
