@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -35,6 +35,7 @@ from dgx_kvm_sw.reconcile import LOCK, POOL_PATH, Site
 
 JOURNAL = "/var/lib/dgx-kvm/journal.jsonl"
 PREPARED = "/run/dgx-kvm/prepared"
+STOPPED = "/run/dgx-kvm/stopped"
 
 _JOURNAL_BYTES = 4 << 20  # then it is renamed aside, once
 _SHUTDOWN_SECONDS = 120.0
@@ -79,6 +80,30 @@ def locked_site(site: Site, purpose: str, wait: float = 0.0) -> AbstractContextM
     return locked(site.root.path(LOCK), f"`dgx-kvm {purpose}` (process {os.getpid()})", wait)
 
 
+def leave_off(site: Site, uuid: str) -> None:
+    """Mark a VM as stopped by a command of ours, so that no reboot of its guest that happens at
+    the same time starts it again. The mark goes with its next start.
+    """
+    site.root.write(f"{STOPPED}/{uuid}", "", 0o600, sync=False)
+
+
+def is_left_off(site: Site, uuid: str) -> bool:
+    return site.root.exists(f"{STOPPED}/{uuid}")
+
+
+def write_journal(site: Site, entry: Mapping[str, object], *, sync: bool) -> None:
+    """Add one line, with the time; with `sync` it is on the disk, and a long journal put aside."""
+    path = site.root.path(JOURNAL)
+    try:
+        if sync and path.exists() and path.stat().st_size > _JOURNAL_BYTES:
+            path.replace(path.with_suffix(".jsonl.1"))
+    except OSError as error:
+        raise explained(error, "put aside", path) from error
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    line = json.dumps({"time": stamp, "pid": os.getpid(), **entry})
+    site.root.append(JOURNAL, line + "\n", sync=sync)
+
+
 def execute(
     site: Site,
     hypervisor: Hypervisor,
@@ -111,14 +136,14 @@ class _Run:
     starting: dict[str, PreparePartition] = field(default_factory=dict)  # by VM
 
     def all(self, actions: tuple[Action, ...]) -> Outcome:
-        self._journal({"event": "plan", "actions": len(actions)}, sync=True)
+        write_journal(self.site, {"event": "plan", "actions": len(actions)}, sync=True)
         self.starting = {a.vm: a for a in actions if isinstance(a, PreparePartition)}
         for mark in self.site.root.names(PREPARED):  # of an apply that was killed
             self.site.root.remove(f"{PREPARED}/{mark}")
         for phase, group in itertools.groupby(actions, key=lambda action: action.phase):
             self._phase(phase, list(group))
         summary = {"event": "end", "done": len(self.done), "failed": len(self.failures)}
-        self._journal(summary, sync=True)
+        write_journal(self.site, summary, sync=True)
         return Outcome(len(self.done), tuple(self.failures))
 
     def _phase(self, phase: int, actions: list[Action]) -> None:
@@ -156,14 +181,14 @@ class _Run:
                 if start := self.starting.get(action.vm):
                     # What could not be started again is not stopped.
                     self.fabric.verify(start.partition, start.devices)
-                power = self.power
-                self.hypervisor.shut_down(action.vm, action.uuid, power.timeout, force=power.force)
+                self._shut_down(action)
             case ReleasePartition():
                 self.fabric.release(action.devices)
             case UndefineDomain():
                 for path in action.delete_volumes:  # first: while the domain is there, a killed
                     self.hypervisor.delete_volume(path)  # apply can be finished by the next one
                 self.hypervisor.undefine(action.vm, action.uuid)
+                self.site.root.remove(f"{STOPPED}/{action.uuid}")
             case CreateVolume():
                 self.hypervisor.ensure_pool(POOL_PATH)
                 self.hypervisor.create_volume(action.volume)
@@ -175,6 +200,15 @@ class _Run:
                 self._start(action)
             case MarkRestartNeeded():
                 pass  # a statement for the reader; status finds it by comparing
+
+    def _shut_down(self, action: ShutDownDomain) -> None:
+        leave_off(self.site, action.uuid)  # first: a guest may answer by a reboot
+        power = self.power
+        try:
+            self.hypervisor.shut_down(action.vm, action.uuid, power.timeout, force=power.force)
+        except DgxKvmError:
+            self.site.root.remove(f"{STOPPED}/{action.uuid}")  # it runs on
+            raise
 
     def _define(self, action: DefineDomain) -> None:
         self.hypervisor.define(action.vm, self.definitions[action.vm].xml)
@@ -202,6 +236,7 @@ class _Run:
         mark = f"{PREPARED}/{action.uuid}"
         if not self.site.root.exists(mark):
             raise HostError(f"{action.vm} is not prepared", f"run `dgx-kvm start {action.vm}`")
+        self.site.root.remove(f"{STOPPED}/{action.uuid}")
         try:
             self.hypervisor.start(action.vm, action.uuid)
         finally:
@@ -227,16 +262,5 @@ class _Run:
             }
             if event.error:
                 entry["error"] = event.error.message
-            self._journal(entry, sync=False)
+            write_journal(self.site, entry, sync=False)
         self.report(event)
-
-    def _journal(self, entry: dict[str, object], *, sync: bool) -> None:
-        path = self.site.root.path(JOURNAL)
-        try:
-            if sync and path.exists() and path.stat().st_size > _JOURNAL_BYTES:
-                path.replace(path.with_suffix(".jsonl.1"))
-        except OSError as error:
-            raise explained(error, "put aside", path) from error
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        line = json.dumps({"time": stamp, "pid": os.getpid(), **entry})
-        self.site.root.append(JOURNAL, line + "\n", sync=sync)

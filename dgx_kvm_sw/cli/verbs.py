@@ -164,13 +164,13 @@ def _power(parser: Parser) -> None:
     )
 
 
-def _wait(parser: Parser) -> None:
+def _wait(parser: Parser, seconds: float = 0.0) -> None:
     parser.add_argument(
         "--wait",
         metavar="SECONDS",
         type=_seconds,
-        default=0.0,
-        help="how long to wait for another dgx-kvm to end (default: 0)",
+        default=seconds,
+        help=f"how long to wait for another dgx-kvm to end (default: {seconds:g})",
     )
 
 
@@ -235,6 +235,10 @@ def _restart(parser: Parser) -> None:
     _names(parser)
     _power(parser)
     _wait(parser)
+
+
+def _watch(parser: Parser) -> None:
+    _wait(parser, 3600.0)  # an apply may start many large VMs
 
 
 def _mode(parser: Parser) -> None:
@@ -367,6 +371,16 @@ VERBS = (
         "They start with the definition that libvirt holds; apply brings it up to date.",
         ("dgx-kvm restart hr-train",),
         _restart,
+        reads=False,
+    ),
+    Verb(
+        "watch",
+        "watch",
+        "start VMs again whose guests have rebooted, until it is stopped",
+        "A reboot turns a VM off, as its devices must be made ready again. One that reboots too\n"
+        "often is left off. In KVM mode dgx-kvm-watch.service runs this.",
+        ("dgx-kvm watch",),
+        _watch,
         reads=False,
     ),
     Verb(

@@ -11,7 +11,7 @@ from dgx_kvm_sw.cli.output import listed, say
 from dgx_kvm_sw.cli.progress import Report, carry_out, exit_code, result
 from dgx_kvm_sw.cli.session import Session, hold, site_of
 from dgx_kvm_sw.decide.plan import Intent
-from dgx_kvm_sw.execute import Power
+from dgx_kvm_sw.execute import Power, leave_off
 from dgx_kvm_sw.model.actions import Action
 from dgx_kvm_sw.model.errors import DgxKvmError, ExitCode, UsageError
 from dgx_kvm_sw.model.spec import PowerState
@@ -22,7 +22,11 @@ _Actions = Callable[[str], tuple[Action, ...]]
 
 def start(args: Namespace) -> int:
     with hold(site_of(args), args, Intent()) as session:
-        return _each(session, args, session.situation.start_actions, Power(), PowerState.RUNNING)
+        return start_in(session, args)
+
+
+def start_in(session: Session, args: Namespace) -> int:
+    return _each(session, args, session.situation.start_actions, Power(), PowerState.RUNNING)
 
 
 def stop(args: Namespace) -> int:
@@ -33,9 +37,14 @@ def stop(args: Namespace) -> int:
     power = Power(args.timeout, args.force)
     with hold(site_of(args), args, Intent(), needs_file=False) as session:
         if args.all:
-            domains = session.situation.current.domains
-            args.names = [each.name for each in domains if each.managed and each.running]
+            domains = [each for each in session.situation.current.domains if each.managed]
+            args.names = [each.name for each in domains if each.running]
             say("" if args.names else "no VM runs", quiet=args.quiet)
+        else:
+            domains = [session.situation.domain(name) for name in args.names]
+        for domain in domains:
+            if not domain.running:  # one whose guest reboots is off for a moment
+                leave_off(session.site, domain.facts.uuid)
         return _each(session, args, session.situation.stop_actions, power, PowerState.STOPPED)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape  # of xml.sax.saxutils it costs 20 ms: that imports an HTTP client
+from queue import Empty, SimpleQueue
 from typing import Any
 from xml.etree import ElementTree
 
@@ -14,6 +17,7 @@ import libvirt
 
 from dgx_kvm_sw.model.domain import DomainFacts, Volume
 from dgx_kvm_sw.model.errors import HypervisorError
+from dgx_kvm_sw.model.events import DomainEvent, EventKind
 from dgx_kvm_sw.model.pci import CpuSet
 
 POOL = "dgx-kvm"
@@ -111,11 +115,13 @@ class Hypervisor:
             domain = self._connection.lookupByUUIDString(uuid)
             end = time.monotonic() + timeout
             if timeout > 0 and _runs(domain):
-                domain.shutdown()
+                with _unless_off(domain):
+                    domain.shutdown()
             while _runs(domain) and time.monotonic() < end:
                 time.sleep(_POLL_SECONDS)
             if _runs(domain) and force:
-                domain.destroy()
+                with _unless_off(domain):
+                    domain.destroy()
             if not _runs(domain):
                 return
         raise HypervisorError(
@@ -202,6 +208,71 @@ class Hypervisor:
             ) from error
 
 
+class Listener(Hypervisor):
+    """A connection that also hears what happens to domains, from its beginning on.
+
+    A thread of its own runs libvirt's event loop, for as long as the process lives: it also
+    answers libvirtd when that asks whether we are still there.
+    """
+
+    def __init__(self, uri: str) -> None:
+        import libvirt_qemu  # the verbs that listen to nothing need not load it
+
+        libvirt.virEventRegisterDefaultImpl()  # libvirt wants it before the connection
+        super().__init__(uri)
+        self._heard: SimpleQueue[DomainEvent | None] = SimpleQueue()  # None: no connection more
+        threading.Thread(target=self._run, name="libvirt events", daemon=True).start()
+        with _explained("tell what happens to its domains"):
+            self._connection.registerCloseCallback(lambda *_: self._heard.put(None), None)
+            # Not by libvirt's own events: none of them says why QEMU ends. To hear QEMU's does
+            # not taint a domain, as to command its monitor would.
+            libvirt_qemu.qemuMonitorEventRegister(
+                self._connection, None, "SHUTDOWN", self._on_shutdown, None
+            )
+            self._connection.domainEventRegisterAny(
+                None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle, None
+            )
+
+    def wait(self) -> tuple[DomainEvent, ...]:
+        """Return what has been heard since the last time, in its order; wait for something.
+
+        Raises HypervisorError when libvirt has ended.
+        """
+        heard = [self._heard.get()]
+        with contextlib.suppress(Empty):
+            while True:
+                heard.append(self._heard.get_nowait())
+        if None in heard:
+            raise HypervisorError("libvirt has closed the connection")
+        return tuple(event for event in heard if event)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                libvirt.virEventRunDefaultImpl()
+        finally:
+            self._heard.put(None)
+
+    def _on_shutdown(
+        self, _c: Any, domain: Any, _e: str, _s: int, _us: int, details: str | None, _o: None
+    ) -> None:
+        try:
+            reason = str(json.loads(details or "{}").get("reason", ""))
+        except (ValueError, AttributeError):
+            reason = ""
+        self._put(EventKind.ENDING, domain, reason)
+
+    def _on_lifecycle(self, _c: Any, domain: Any, event: int, detail: int, _o: None) -> None:
+        if event == libvirt.VIR_DOMAIN_EVENT_STARTED:
+            self._put(EventKind.STARTED, domain)
+        elif event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+            orderly = detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN
+            self._put(EventKind.OFF, domain, "shutdown" if orderly else "")
+
+    def _put(self, kind: EventKind, domain: Any, reason: str = "") -> None:
+        self._heard.put(DomainEvent(kind, domain.name(), domain.UUIDString(), reason))
+
+
 def _domain_xml(domain: Any) -> DomainXml:
     inactive = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
     live = domain.XMLDesc() if domain.isActive() else None
@@ -214,6 +285,16 @@ def _runs(domain: Any) -> bool:
     with _ignored(libvirt.VIR_ERR_NO_DOMAIN):
         return bool(domain.isActive())
     return False
+
+
+@contextlib.contextmanager
+def _unless_off(domain: Any) -> Iterator[None]:
+    """Pass over the refusal to turn off a domain that has gone off by itself just now."""
+    try:
+        yield
+    except libvirt.libvirtError:
+        if _runs(domain):
+            raise
 
 
 def _volume(volume: Any) -> Volume:
