@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from archive import NoArchiveError
+
 from lab import build
 from lab.cache import ROOT, say
 from lab.console import Shell
@@ -31,7 +33,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return int(options.verb(options))
-    except LabError as error:
+    except (LabError, NoArchiveError) as error:
         print(f"lab: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

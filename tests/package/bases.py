@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import archive
+
 SUITES = ("bookworm", "trixie")
 
 # Beside what the package depends on: what makes a root start by itself.
 BOOTABLE = "grub2-common, grub-pc-bin, initramfs-tools, kmod, systemd-sysv, udev"
 
 _CACHE = Path(__file__).parents[2] / ".cache/bases"
-_APT = Path("/etc/apt")
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _FORM = "1"  # change it when bases are made in another way
 
@@ -66,10 +67,12 @@ class Base:
 
 def bare(suite: str) -> Base:
     """Make a minimal root: essential packages and apt."""
-    with _made_once(f"{suite}-bare", suite, sources(suite), download_settings()) as (folder, new):
+    with _made_once(
+        f"{suite}-bare", suite, archive.sources(suite), archive.download_settings()
+    ) as (folder, new):
         if new:
-            (folder / "apt.sources").write_text(sources(suite))
-            (folder / "apt.conf").write_text(download_settings())
+            (folder / "apt.sources").write_text(archive.sources(suite))
+            (folder / "apt.conf").write_text(archive.download_settings())
             command = ("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase")
             settings = f"--aptopt={folder / 'apt.conf'}"
             _run(*command, settings, suite, folder / "root", folder / "apt.sources")
@@ -108,73 +111,6 @@ for file in /etc/resolv.conf /etc/hosts /etc/ssl/certs; do
     mount --bind "$file" "$root$file"
 done
 """
-
-
-def sources(suite: str) -> str:
-    """This machine's apt sources of its own release, for another release."""
-    own = _own_release()
-    stanzas = [
-        _one_suite_for_another(stanza, own, suite)
-        for stanza in _source_stanzas()
-        if _suites(stanza) and set(_suites(stanza)) <= _archives(own)
-    ]
-    assert stanzas, f"no source of apt on this machine is {own}'s"
-    return "\n\n".join(stanzas) + "\n"
-
-
-def download_settings() -> str:
-    """This machine's settings of apt that say how to download: proxies, certificates, checks."""
-    files = sorted((_APT / "apt.conf.d").glob("*")) + [_APT / "apt.conf"]
-    texts = [file.read_text() for file in files if file.is_file()]
-    lines = [line for text in texts for line in text.splitlines()]
-    return "".join(f"{line}\n" for line in lines if line.startswith("Acquire::"))
-
-
-def _own_release() -> str:
-    fields = (line.partition("=") for line in Path("/etc/os-release").read_text().splitlines())
-    return next(value.strip('"') for key, _, value in fields if key == "VERSION_CODENAME")
-
-
-def _archives(suite: str) -> set[str]:
-    return {suite, f"{suite}-updates", f"{suite}-security"}
-
-
-def _source_stanzas() -> list[str]:
-    """Every source as deb822: a line of the old form becomes a stanza."""
-    stanzas: list[str] = []
-    for file in sorted((_APT / "sources.list.d").glob("*.sources")):
-        stanzas += file.read_text().strip().split("\n\n")
-    for file in (_APT / "sources.list", *sorted((_APT / "sources.list.d").glob("*.list"))):
-        lines = file.read_text().splitlines() if file.exists() else []
-        stanzas += [_stanza_of_line(line) for line in lines if line.startswith("deb ")]
-    return stanzas
-
-
-def _stanza_of_line(line: str) -> str:
-    _, _, rest = line.partition(" ")
-    options = ""
-    if rest.startswith("["):
-        options, _, rest = rest[1:].partition("]")
-    uri, suite, *components = rest.split()
-    stanza = f"Types: deb\nURIs: {uri}\nSuites: {suite}\nComponents: {' '.join(components)}"
-    for option in options.split():
-        name, _, value = option.partition("=")
-        if name == "signed-by":
-            stanza += f"\nSigned-By: {value}"
-    return stanza
-
-
-def _suites(stanza: str) -> list[str]:
-    return next(
-        (line.split()[1:] for line in stanza.splitlines() if line.startswith("Suites:")), []
-    )
-
-
-def _one_suite_for_another(stanza: str, own: str, suite: str) -> str:
-    lines = [line for line in stanza.splitlines() if not line.startswith("#")]
-    return "\n".join(
-        line.replace(own, suite) if line.startswith("Suites:") else line for line in lines
-    )
 
 
 @contextlib.contextmanager
