@@ -29,6 +29,7 @@ DEVICES = {
     DRIVE: ("0x144d", "0xa824", "0x010802"),
     NVSWITCH: ("0x10de", "0x1af1", "0x068000"),
 }
+MODPROBES = ["modprobe vfio-pci", "modprobe vfio_iommu_type1"]
 LIST = "".join(f"{address} {' '.join(DEVICES[address])}\n" for address in (NIC, DRIVE))
 
 
@@ -87,7 +88,7 @@ def initramfs(tmp_path: Path) -> Initramfs:
 
 def test_gpus_and_nvswitches_by_class_the_rest_by_the_list(initramfs: Initramfs) -> None:
     given = [GPU, DISPLAY, NVSWITCH, NIC, DRIVE]
-    assert initramfs.boot() == ["modprobe vfio-pci", *given]
+    assert initramfs.boot() == [*MODPROBES, *given]
     assert initramfs.overridden() == sorted(given)
 
 
@@ -141,7 +142,7 @@ def test_missing_module_is_reported_and_the_boot_goes_on(initramfs: Initramfs) -
 
 def test_image_without_a_list_binds_by_class(initramfs: Initramfs) -> None:
     (initramfs.root / "etc/dgx-kvm/devices").unlink()
-    assert initramfs.boot() == ["modprobe vfio-pci", GPU, DISPLAY, NVSWITCH]
+    assert initramfs.boot() == [*MODPROBES, GPU, DISPLAY, NVSWITCH]
 
 
 @pytest.mark.parametrize("name", ["init-top", "initramfs-hook"])

@@ -22,6 +22,7 @@ from mode_host import (
     KVM,
     NIC,
     NVSWITCH,
+    VFIO_IOMMU,
     ModeHost,
 )
 
@@ -224,6 +225,20 @@ def test_vfio_is_loaded_where_the_boot_image_lacked_it(
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     assert verify.verify(Kernel(booted.root.directory)) == ()
     assert (drivers / "vfio-pci").is_dir()
+
+
+@pytest.mark.commands
+def test_without_vfios_iommu_driver_no_vm_starts(
+    booted: ModeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = booted.root.path(VFIO_IOMMU)
+    folder.rmdir()
+    monkeypatch.setenv("PATH", f"{booted.root.path('/usr/sbin')}:{os.environ['PATH']}")
+    booted.program("modprobe", "#!/bin/sh\nexit 1\n")
+    (trouble,) = troubles(booted)
+    assert trouble.startswith("the module vfio_iommu_type1 is not loaded")
+    booted.program("modprobe", f'#!/bin/sh\nmkdir "{folder}"\n')
+    assert troubles(booted) == []
 
 
 def test_where_the_host_runs_the_fabric_nvswitches_and_nvidia_stay(booted: ModeHost) -> None:

@@ -15,6 +15,7 @@ PROBLEMS = "/run/dgx-kvm/problems"  # one a line; not there when all is well
 MOTD = "/run/motd.d/dgx-kvm"
 
 _PCI = "/sys/bus/pci"
+_VFIO_IOMMU = "/sys/module/vfio_iommu_type1"
 _NR_HUGEPAGES = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"
 _OLD_IMAGE = (
     "the boot image lacks dgx-kvm or is older than the list of devices:"
@@ -127,6 +128,13 @@ def _finish(root: Root, device: Function) -> str | None:
 
 
 def _modules(root: Root) -> Iterator[Trouble]:
+    if not root.exists(_VFIO_IOMMU):
+        run(["modprobe", "vfio_iommu_type1"], timeout=_MODPROBE_SECONDS)
+    if not root.exists(_VFIO_IOMMU):
+        yield Trouble(
+            "the module vfio_iommu_type1 is not loaded, so no VM with a device can start",
+            "see what `modprobe vfio_iommu_type1` says",
+        )
     if NVSWITCH_STAYS in mode.command_line(root):
         return
     loaded = {line.split()[0] for line in root.read("/proc/modules", "").splitlines()}

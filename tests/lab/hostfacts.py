@@ -7,18 +7,21 @@ from dataclasses import dataclass
 
 from lab.machine import Machine
 
-# Of a tree, a line a file: kind, mode, owner, and what it holds or leads to. Not in it: what every
-# boot and every run of apt or Python writes anew.
+# A line a file: kind, mode, owner, name, and what it leads to or how long it is; then what is in
+# it, but for those of /usr and the boot images. Not what every boot and every run of apt or
+# Python writes anew.
 TREE = r"""
-find /etc /boot /usr /var/lib/dgx-kvm /var/lib/systemd/deb-systemd-helper-enabled -xdev \
-    \( -name __pycache__ -o -path /etc/mtab -o -path /etc/.pwd.lock -o -path /boot/grub/grubenv \
-       -o -path '/usr/share/mime' -o -path /etc/ld.so.cache -o -path /etc/resolv.conf \) -prune \
-    -o -type f -path '/usr/*' -printf '%y %m %u:%g %p %s\n' \
-    -o -type f -name 'initrd.img-*' -printf '%y %m %u:%g %p\n' \
-    -o -type f -exec sh -c \
-        'for f; do stat -c "f %a %U:%G %n $(sha256sum <"$f")" "$f"; done' sh {} + \
-    -o -type l -printf '%y %p -> %l\n' \
-    -o -type d -printf '%y %m %u:%g %p\n' 2>/dev/null | sort
+find_all() {
+    find $places -xdev \( -name __pycache__ -o -path /etc/mtab -o -path /etc/.pwd.lock \
+        -o -path /etc/ld.so.cache -o -path /etc/resolv.conf -o -path /boot/grub/grubenv \) \
+        -prune -o "$@" 2>/dev/null
+}
+places='/usr'
+find_all -type f -printf '%y %m %u:%g %p %s\n'
+find_all ! -type f -printf '%y %m %u:%g %p %l\n'
+places='/etc /boot /var/lib/dgx-kvm /var/lib/systemd/deb-systemd-helper-enabled'
+find_all -printf '%y %m %u:%g %p %l\n'
+find_all -type f ! -name 'initrd.img-*' -print0 | xargs -0 sha256sum
 """
 DRIVERS = r"""
 for d in /sys/bus/pci/devices/*; do

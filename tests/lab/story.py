@@ -195,7 +195,7 @@ class Story:
         lines = "".join(f"  - {vm.line}\n" for vm in vms)
         text = (
             "version: 1\ntenants: {hr: {}, it: {}}\n"
-            "host: {cpu_pool: {cpus: 0, memory: 0GiB}}\n"
+            "host: {cpu_pool: {cpus: 0, memory: 0%}}\n"
             "defaults: {image: lab-guest, networks: [{bridge: br0}]}\n"
             f"vms:\n{lines}"
         )
