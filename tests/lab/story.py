@@ -36,19 +36,36 @@ class StoryError(LabError):
 
 @dataclass(frozen=True)
 class Vm:
+    """A VM of the story. Its NICs and drives are said, as the shares of so small a machine are
+    less than one; so are its CPUs and memory, in `defaults` below.
+    """
+
     name: str
     tenant: str
     gpus: int
+    nics: int = 0
+    drives: int = 0
 
     @property
     def line(self) -> str:
-        return f"{{name: {self.name}, tenant: {self.tenant}, gpus: {self.gpus}}}"
+        counts = f"gpus: {self.gpus}, nics: {self.nics}, drives: {self.drives}"
+        return f"{{name: {self.name}, tenant: {self.tenant}, {counts}}}"
 
 
 VMS = {
-    "dgx2-small": (Vm("hr-one", "hr", 1), Vm("it-one", "it", 1), Vm("it-two", "it", 2)),
-    "dgx2": (Vm("hr-one", "hr", 1), Vm("it-two", "it", 2), Vm("it-four", "it", 4)),
+    "dgx2-small": (
+        Vm("hr-one", "hr", 1, nics=1),
+        Vm("it-one", "it", 1),
+        Vm("it-two", "it", 2, 1, 1),
+    ),
+    "dgx2": (
+        Vm("hr-one", "hr", 1, nics=1),
+        Vm("it-two", "it", 2, 1, 1),
+        Vm("it-four", "it", 4, 2, 1),
+    ),
 }
+# UEFI takes minutes in a VM inside an emulated machine.
+DEFAULTS = "{image: lab-guest, networks: [{bridge: br0}], firmware: bios, vcpus: 2, memory: 512MiB}"
 
 
 @contextmanager
@@ -196,7 +213,7 @@ class Story:
         text = (
             "version: 1\ntenants: {hr: {}, it: {}}\n"
             "host: {cpu_pool: {cpus: 0, memory: 0%}}\n"
-            "defaults: {image: lab-guest, networks: [{bridge: br0}]}\n"
+            f"defaults: {DEFAULTS}\n"
             f"vms:\n{lines}"
         )
         self.host.check(f"cat >/etc/dgx-kvm/vms.yaml <<'END'\n{text}END")
