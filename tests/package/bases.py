@@ -103,13 +103,18 @@ def with_packages(base: Base, name: str, relations: str) -> Base:
     return Base(base.suite, (folder / "root", *base.layers))
 
 
-# What a root needs of this machine to download packages. Bound, so that none of it stays.
+# What a root needs of this machine to download packages. Copies, since a package may write there
+# (ca-certificates does); mounted, so that none of it stays.
 NETWORK = """
+copies=$root/mnt
+mount -t tmpfs tmpfs "$copies"
 for file in /etc/resolv.conf /etc/hosts /etc/ssl/certs; do
     [ -e "$file" ] || continue
     if [ -d "$file" ]; then mkdir -p "$root$file"; else touch "$root$file"; fi
-    mount --bind "$file" "$root$file"
+    cp -aL "$file" "$copies/"
+    mount --bind "$copies/${file##*/}" "$root$file"
 done
+umount --lazy "$copies"
 """
 
 

@@ -18,6 +18,7 @@ from package.machine import Machine
 Start = Callable[[Base], AbstractContextManager[Machine]]
 Hosts = Callable[[str, bool], Base]  # by release, and whether the slow tools are stand-ins
 
+_LENT = [Path("/etc") / name for name in ("hosts", "resolv.conf", "ssl/certs/ca-certificates.crt")]
 _PROGRAMS = ("mmdebstrap", "dpkg-deb", "unshare", "nsenter", "ip")
 
 
@@ -34,6 +35,15 @@ def _able() -> None:
         if os.environ.get("CI"):
             pytest.fail(f"{reason}; in CI this test must run")
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _this_machine_stays_as_it_is() -> Iterator[None]:
+    """What roots get of it for downloads, packages in them may change: in their copies only."""
+    files = [file for file in _LENT if file.exists()]
+    before = [file.read_bytes() for file in files]
+    yield
+    assert [file.read_bytes() for file in files] == before
 
 
 @pytest.fixture(scope="session")
