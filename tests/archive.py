@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 
 _APT = Path("/etc/apt")
+# The others, such as Acquire::IndexTargets, are about this machine's own packages.
+_DOWNLOAD = re.compile(r"Acquire::(http|https|Proxy|Check-|Retries|ForceIPv|Max-ValidTime)", re.I)
 
 
 class NoArchiveError(Exception):
@@ -29,10 +33,8 @@ def sources(suite: str, *, backports: bool = False) -> str:
 
 def download_settings() -> str:
     """This machine's settings of apt that say how to download: proxies, certificates, checks."""
-    files = sorted((_APT / "apt.conf.d").glob("*")) + [_APT / "apt.conf"]
-    texts = [file.read_text() for file in files if file.is_file()]
-    lines = [line for text in texts for line in text.splitlines()]
-    return "".join(f"{line}\n" for line in lines if line.startswith("Acquire::"))
+    dump = subprocess.run(["apt-config", "dump"], check=True, capture_output=True, text=True)
+    return "".join(f"{line}\n" for line in dump.stdout.splitlines() if _DOWNLOAD.match(line))
 
 
 def _own_release() -> str:

@@ -47,6 +47,12 @@ def test_a_machine_without_an_archive_is_told_so(apt: Path) -> None:
         archive.sources("forky")
 
 
-def test_settings_of_downloads_alone_are_taken(apt: Path) -> None:
-    (apt / "apt.conf.d/99x").write_text('Acquire::Retries "3";\nDPkg::Options "x";\n')
+@pytest.mark.commands
+def test_settings_of_downloads_alone_are_taken(apt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (apt / "apt.conf").write_text(
+        'Dir::Etc::main "/nonexistent";\nDir::Etc::parts "/nonexistent";\n'
+        'Acquire::Retries "3";\nDPkg::Options "x";\n'
+        'Acquire::IndexTargets {\n  deb::x { MetaKey "y"; };\n};\n'
+    )
+    monkeypatch.setenv("APT_CONFIG", str(apt / "apt.conf"))
     assert archive.download_settings() == 'Acquire::Retries "3";\n'

@@ -46,7 +46,7 @@ def disk(release: str = "bookworm", dependencies: bool = True) -> Path:
 def guest_image(release: str = "bookworm") -> Path:
     """The disk image of VMs, from the same release as their host."""
     host = disk(release).parent
-    recipe = [host.name, inner.INIT.read_text(), inner.GRUB_CFG, inner.DISK_MIB, inner.ESP_MIB]
+    recipe = [host.name, inner.INIT.read_text(), Path(inner.__file__).read_text()]
 
     def make(directory: Path) -> None:
         inner.make_guest(tools(), directory, host / "guest")

@@ -18,8 +18,8 @@ from lab.packages import LabError, bootstrap
 
 SUITE = "trixie"  # its backports have QEMU >= 10.1, the first with vfio-user-pci
 PACKAGES = (
-    "qemu-system-x86", "qemu-utils", "ovmf", "seabios", "grub-efi-amd64-bin", "grub-common",
-    "mtools", "dosfstools", "e2fsprogs", "libarchive13t64", "fdisk", "cpio",
+    "qemu-system-x86", "qemu-utils", "ovmf", "seabios", "grub-efi-amd64-bin", "grub-pc-bin",
+    "grub-common", "mtools", "dosfstools", "e2fsprogs", "libarchive13t64", "fdisk", "cpio",
 )  # fmt: skip
 ESP_ID = "4C4142AA"  # of an EFI system partition; overlay/etc/fstab names it
 OPTIONS = ("--variant=extract", "--format=directory")
@@ -96,5 +96,12 @@ def tools() -> Tools:
 
 def _fetch(directory: Path) -> None:
     bootstrap(directory / "root", SUITE, PACKAGES, OPTIONS, backports=True)
+    kit = Tools(directory / "root")
+    devices = subprocess.run(
+        kit.command("bin/qemu-system-x86_64", "-device", "help"),
+        env=kit.environment(), check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    if "vfio-user-pci" not in devices:
+        raise LabError(f"{SUITE}-backports has no QEMU with vfio-user-pci (10.1 or later)")
     if not qemufix.fix(directory / "root/usr/bin/qemu-system-x86_64"):
         say("QEMU has not the fault that lab/qemufix.py corrects: it may go")
