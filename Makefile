@@ -70,13 +70,14 @@ bench: .cache/installed-test
 	$(PYTHON) -m bench.placement
 	PYTHONPATH=tests $(PYTHON) -m bench.speed
 
-# Built from a copy, so that nothing of the build stays in the tree or comes from it.
+# Built from a copy, so that nothing of the build stays in the tree or comes from it. -d: what it
+# needs is installed by now, but for the compilers that Debian takes for granted.
 deb: .cache/installed-deb
 	@rm -rf .cache/deb && mkdir -p .cache/deb/tree build/deb
 	@git ls-files -z --cached --others --exclude-standard | \
 		xargs -0 sh -c 'for f; do [ ! -e "$$f" ] || echo "$$f"; done' sh | \
 		tar -c --no-recursion -T - | tar -x -C .cache/deb/tree
-	cd .cache/deb/tree && dpkg-buildpackage -us -uc -b >../log 2>&1 || { cat ../log; exit 1; }
+	cd .cache/deb/tree && dpkg-buildpackage -us -uc -b -d >../log 2>&1 || { cat ../log; exit 1; }
 	@rm -f build/deb/* && cp .cache/deb/dgx-kvm-sw_* build/deb/
 	@cd build/deb && sha256sum *.deb
 
