@@ -171,3 +171,14 @@ def firmware(host: ModeHost, table: str, flags: int) -> None:
     for old in folder.iterdir():
         old.unlink()
     (folder / table).write_bytes(table.encode() + bytes(32) + bytes((45, flags)) + bytes(10))
+
+
+def program_for_everybody(folder: Path) -> Path:
+    """Copy the program to where other users may read it; this tree may be root's alone."""
+    tree = folder / "tree"
+    for name in ("bin", "dgx_kvm_sw", "debian/host", "etc"):
+        shutil.copytree(PROJECT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "debian/changelog"):
+        shutil.copy(PROJECT / name, tree / name)
+    folder.chmod(0o755)
+    return tree

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import mode_host
 import pytest
-from commandline import PROJECT
 from mode_host import (
     BOOT_DRIVE,
     DRIVE,
@@ -112,7 +111,7 @@ def test_what_vanishes_or_hides_is_no_error(host: ModeHost) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become nobody")
 def test_processes_of_others_are_known_to_be_unknown(capsys: pytest.CaptureFixture[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are root's alone
-        os.chmod(folder, 0o755)
+        tree = mode_host.program_for_everybody(Path(folder))
         host = mode_host.build(Path(folder) / "host", capsys)
         on_bare_metal(host)
         host.process(5, "shell", "/dev/nvidia0")
@@ -124,7 +123,7 @@ def test_processes_of_others_are_known_to_be_unknown(capsys: pytest.CaptureFixtu
             "root = Root(sys.argv[2])\n"
             "print(holders.holders(root, platforms.survey(root)[1]).complete)"
         )
-        words = ["/usr/bin/python3", "-c", program, str(PROJECT), str(host.root.directory)]
+        words = ["/usr/bin/python3", "-c", program, str(tree), str(host.root.directory)]
         for user, complete in ((0, "True\n"), (65534, "False\n")):
             done = subprocess.run(
                 words, user=user, cwd="/", capture_output=True, text=True, check=True, timeout=60

@@ -113,12 +113,12 @@ def test_who_may_not_read_grub_cfg_hears_nothing_wrong_of_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are root's alone
-        os.chmod(folder, 0o755)
+        program = str(mode_host.program_for_everybody(Path(folder)) / "bin/dgx-kvm")
         host = mode_host.build(Path(folder) / "host", capsys)
         monkeypatch.setenv("PATH", f"{host.root.path('/usr/sbin')}:{os.environ['PATH']}")
         assert host("mode kvm -q").code == 0
         host.root.path(GRUB_CFG).chmod(0o600)
-        words = [DGX_KVM, "--root", str(host.root.directory), "mode"]
+        words = [program, "--root", str(host.root.directory), "mode"]
         done = subprocess.run(
             words, user=65534, cwd="/", capture_output=True, text=True, check=True
         )
@@ -247,9 +247,12 @@ def test_a_switch_that_fails_says_why_even_when_quiet(host: ModeHost) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become nobody")
 @pytest.mark.parametrize("target", ["kvm", "bare-metal"])
 def test_only_root_switches_this_machine(target: str) -> None:
-    done = subprocess.run(
-        [DGX_KVM, "mode", target], user=65534, cwd="/", capture_output=True, text=True, check=False
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(mode_host.program_for_everybody(Path(folder)) / "bin/dgx-kvm")
+        words = [program, "mode", target]
+        done = subprocess.run(
+            words, user=65534, cwd="/", capture_output=True, text=True, check=False
+        )
     assert done.returncode == 1
     assert done.stderr == (
         f"dgx-kvm: only root may switch this host to {Mode(target).words}\n"
