@@ -118,12 +118,20 @@ class Server:
         with contextlib.suppress(OSError):  # a client that left again
             sock, _ = listener.sock.accept()
             if listener.clients == listener.most:
+                self._see_who_left(listener)
+            if listener.clients == listener.most:
                 sock.close()
                 return
             sock.setblocking(False)
             listener.clients += 1
             channel = Channel(sock, listener.begin(), listener)
             self.selector.register(sock, selectors.EVENT_READ, channel)
+
+    def _see_who_left(self, listener: Listener) -> None:
+        for _ in range(2):  # first what a client left behind, then that it left
+            for key in list(self.selector.get_map().values()):
+                if isinstance(key.data, Channel) and key.data.listener is listener:
+                    self._go_on(key.data)
 
     def _go_on(self, channel: Channel) -> None:
         if channel.ready():
