@@ -274,7 +274,8 @@ class Story:
             boots = self.host.check(f"cat /var/log/libvirt/qemu/{vm.name}.console.log").count(
                 "lab-guest: ready"
             )
-            self.host.check(f"echo reboot >$(virsh ttyconsole {vm.name})")
+            # QEMU looks once a second whether somebody has opened the console.
+            self.host.check(f"(sleep 2; echo reboot; sleep 3) >$(virsh ttyconsole {vm.name})")
             self._report(vm.name, boots + 1)
             expect(self._running() == self._names(), "not all VMs run after a guest's reboot")
 
