@@ -110,8 +110,13 @@ copies=$root/mnt
 mount -t tmpfs tmpfs "$copies"
 for file in /etc/resolv.conf /etc/hosts /etc/ssl/certs; do
     [ -e "$file" ] || continue
-    if [ -d "$file" ]; then mkdir -p "$root$file"; else touch "$root$file"; fi
-    cp -aL "$file" "$copies/"
+    if [ -d "$file" ]; then
+        mkdir -p "$root$file"
+        cp -a "$file" "$copies/"
+    else
+        touch "$root$file"
+        cp -L "$file" "$copies/"
+    fi
     mount --bind "$copies/${file##*/}" "$root$file"
 done
 umount --lazy "$copies"
