@@ -40,6 +40,9 @@ for kernel in /boot/vmlinuz-*; do
     DESTDIR=$(mktemp -d)
     export DESTDIR version="${kernel#*-}" __MODULES_TO_ADD=/dev/null
     echo rest >"$DESTDIR/init"
+    script=/usr/share/initramfs-tools/scripts/init-top/dgx-kvm  # copied before any hook runs
+    mkdir -p "$DESTDIR/scripts/init-top"
+    if [ -e "$script" ]; then cp "$script" "$DESTDIR/scripts/init-top/"; fi
     hook=/usr/share/initramfs-tools/hooks/dgx-kvm
     if [ -x "$hook" ]; then "$hook"; fi
     cd "$DESTDIR"
