@@ -116,6 +116,7 @@ class ModeHost:
             self.group(number, address)
         for address in FOR_VMS:
             self.bind(address, "vfio-pci")
+        self.write("/dev/kvm", "")
         self.root.path(VFIO_IOMMU).mkdir(parents=True, exist_ok=True)
         self.write("/sys/kernel/irq/24/chip_name", "IR-PCI-MSI\n")
         self.write("/proc/modules", "vfio_pci 16384 0 - Live 0x0\nkvm_intel 1 0 - Live 0x0\n")

@@ -227,6 +227,19 @@ def test_vfio_is_loaded_where_the_boot_image_lacked_it(
 
 
 @pytest.mark.commands
+def test_kvm_is_loaded_before_libvirt_looks_for_it(
+    booted: ModeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    booted.root.remove("/dev/kvm")
+    monkeypatch.setenv("PATH", f"{booted.root.path('/usr/sbin')}:{os.environ['PATH']}")
+    booted.program("modprobe", "#!/bin/sh\nexit 1\n")
+    (trouble,) = troubles(booted)
+    assert trouble.startswith("there is no /dev/kvm, so no VM can start: see what `modprobe kvm_")
+    booted.program("modprobe", f"#!/bin/sh\n: >{booted.root.path('/dev/kvm')}\n")
+    assert troubles(booted) == []
+
+
+@pytest.mark.commands
 def test_without_vfios_iommu_driver_no_vm_starts(
     booted: ModeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:

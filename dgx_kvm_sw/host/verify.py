@@ -15,6 +15,7 @@ PROBLEMS = "/run/dgx-kvm/problems"  # one a line; not there when all is well
 MOTD = "/run/motd.d/dgx-kvm"
 
 _PCI = "/sys/bus/pci"
+_KVM = "/dev/kvm"
 _VFIO_IOMMU = "/sys/module/vfio_iommu_type1"
 _NR_HUGEPAGES = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"
 _OLD_IMAGE = (
@@ -31,6 +32,7 @@ def verify(root: Root) -> tuple[Trouble, ...]:
     A device that another driver has is left alone: it may be in use.
     """
     return (
+        *_kvm(root),
         *_iommu(root),
         *_listed(root),
         *_drivers(root),
@@ -54,6 +56,17 @@ def record(root: Root, found: tuple[Trouble, ...]) -> None:
 def recorded(root: Root) -> tuple[str, ...]:
     """Return what the last look found."""
     return tuple(root.read(PROBLEMS, "").splitlines())
+
+
+def _kvm(root: Root) -> Iterator[Trouble]:
+    """udev loads KVM too, at its own pace; libvirtd, which starts after this, looks for it once."""
+    module = "kvm_amd" if "AuthenticAMD" in root.read("/proc/cpuinfo", "") else "kvm_intel"
+    if not root.exists(_KVM):
+        run(["modprobe", module], timeout=_MODPROBE_SECONDS)
+    if not root.exists(_KVM):
+        yield Trouble(
+            f"there is no {_KVM}, so no VM can start", f"see what `modprobe {module}` says"
+        )
 
 
 def _iommu(root: Root) -> Iterator[Trouble]:
