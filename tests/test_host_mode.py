@@ -511,6 +511,27 @@ def test_refresh_does_nothing_when_all_is_as_wanted(armed: Host) -> None:
     assert armed.files() == before
 
 
+def test_nothing_is_said_where_sigpipe_is_ignored(armed: Host) -> None:
+    """systemd and apt start programs so; a long menu then met a grep that had seen enough."""
+    menu = armed.path("boot/grub/grub.cfg")
+    menu.chmod(0o644)
+    normal, rest = menu.read_text().split("submenu", 1)
+    menu.write_text(normal * 3000 + f"submenu{rest}")
+    program = armed.root / "usr/lib/dgx-kvm/host-mode"
+    done = subprocess.run(
+        ["sh", "-c", 'trap "" PIPE; exec sh "$0" refresh', program],
+        env={
+            "DPKG_ROOT": str(armed.root),
+            "PATH": f"{armed.programs}:/usr/bin:/bin",
+            "STEPS": str(armed.steps),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+
+
 def test_refresh_never_arms(host: Host) -> None:
     before = host.files()
     assert host("refresh").returncode == 0
