@@ -209,12 +209,12 @@ class Story:
             expect("created" not in said and "started" not in said, said)
 
     def _write_vms(self, vms: Iterable[Vm]) -> None:
-        lines = "".join(f"  - {vm.line}\n" for vm in vms)
+        lines = "".join(f"\n  - {vm.line}" for vm in vms) or " []"
         text = (
             "version: 1\ntenants: {hr: {}, it: {}}\n"
             "host: {cpu_pool: {cpus: 0, memory: 0%}}\n"
             f"defaults: {DEFAULTS}\n"
-            f"vms:\n{lines}"
+            f"vms:{lines}\n"
         )
         self.host.check(f"cat >/etc/dgx-kvm/vms.yaml <<'END'\n{text}END")
 
@@ -310,7 +310,6 @@ class Story:
             expect(self._running() == self._names(), "refusing the removal stopped a VM")
         with told("no VM is declared: prune them all, with their disks"):
             self._write_vms(())
-            host.check("sed -i 's/^vms:$/vms: []/' /etc/dgx-kvm/vms.yaml")
             host.check("dgx-kvm apply --prune --restart --delete-disks", GUESTS)
             host.check(f"rm -r {build.CATALOGUE} {build.GUEST_IMAGE}")
         with told("apt remove dgx-kvm-sw"):
