@@ -72,14 +72,16 @@ bench: .cache/installed-test
 
 # Built from a copy, so that nothing of the build stays in the tree or comes from it. -d: what it
 # needs is installed by now, but for the compilers that Debian takes for granted.
+DEB_WORK := .cache/deb
+DEB_OUT := build/deb
 deb: .cache/installed-deb
-	@rm -rf .cache/deb && mkdir -p .cache/deb/tree build/deb
+	@rm -rf $(DEB_WORK) && mkdir -p $(DEB_WORK)/tree $(DEB_OUT)
 	@git ls-files -z --cached --others --exclude-standard | \
 		xargs -0 sh -c 'for f; do [ ! -e "$$f" ] || echo "$$f"; done' sh | \
-		tar -c --no-recursion -T - | tar -x -C .cache/deb/tree
-	cd .cache/deb/tree && dpkg-buildpackage -us -uc -b -d >../log 2>&1 || { cat ../log; exit 1; }
-	@rm -f build/deb/* && cp .cache/deb/dgx-kvm-sw_* build/deb/
-	@cd build/deb && sha256sum *.deb
+		tar -c --no-recursion -T - | tar -x -C $(DEB_WORK)/tree
+	cd $(DEB_WORK)/tree && dpkg-buildpackage -us -uc -b -d >../log 2>&1 || { cat ../log; exit 1; }
+	@rm -f $(DEB_OUT)/dgx-kvm-sw_* && cp $(DEB_WORK)/dgx-kvm-sw_* $(DEB_OUT)/
+	@cd $(DEB_OUT) && sha256sum *.deb
 
 docs: .cache/installed-run
 	$(PYTHON) -m tools.documents build

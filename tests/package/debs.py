@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -51,15 +50,17 @@ def with_version(package: Path, version: str, folder: Path) -> Path:
 
 
 def build(folder: Path, *, umask: int = 0o022, **environment: str) -> Path:
-    """Build the package from a copy of this tree, as `make deb` does; return the .changes."""
-    tree = folder / NAME
-    listed = ("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    for name in run(*listed, cwd=TREE).split("\0"):
-        if name and (TREE / name).exists():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(TREE / name, tree / name, follow_symlinks=False)
-    command = ("dpkg-buildpackage", "--no-sign", "--build=binary", "--no-check-builddeps")
-    run(*command, cwd=tree, umask=umask, environment=environment)
+    """Build the package by `make deb`, elsewhere than that does; return the .changes."""
+    where = (f"DEB_WORK={folder}/work", f"DEB_OUT={folder}")
+    run(
+        "make",
+        "--no-print-directory",
+        "deb",
+        *where,
+        cwd=TREE,
+        umask=umask,
+        environment=environment,
+    )
     return next(folder.glob("*.changes"))
 
 
