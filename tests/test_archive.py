@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import archive
 import pytest
+
+from tools import archive
 
 OS_RELEASE = dict(
     line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line
