@@ -1,6 +1,8 @@
 # make demo       the main job on a simulated DGX-2, end to end
 # make test       all tests, linters and types
 # make deb        the package, in build/deb
+# make repo       a signed apt repository of the packages that were built
+# make bundle     the same with all they need, for a site without a network
 # make lab        an emulated DGX-2 with the package installed, and its root console
 # make lab-shell  the same without the package
 # make lab-test   the story of an operator on the emulated DGX-2, unattended
@@ -23,10 +25,11 @@ TEST_PACKAGES := $(RUN_PACKAGES) man-db python3-pytest python3-pytest-xdist \
 	libvirt-clients libxml2-utils qemu-system-x86 qemu-utils ovmf seabios iproute2 procps
 BUILD_PACKAGES := $(RUN_PACKAGES) debhelper dh-python dpkg-dev pybuild-plugin-pyproject python3-all \
 	python3-setuptools
+OFFLINE_PACKAGES := apt-utils gnupg gpg-agent debian-archive-keyring
 # Pinned: a newer linter may not find new faults in old code on the day of a release.
 TOOL_PACKAGES := ruff==0.17.6 types-PyYAML==6.0.12.20261113 types-jsonschema==4.26.0.20261006
 
-.PHONY: demo test lint unit integration package lab lab-shell lab-test bench deb docs format clean
+.PHONY: demo test lint unit integration package lab lab-shell lab-test bench deb repo bundle docs format clean
 
 demo: .cache/installed-run
 	./demo
@@ -37,7 +40,7 @@ lint: .cache/installed-test $(TOOLS)/done deb
 	$(TOOLS)/bin/ruff format --check .
 	$(TOOLS)/bin/ruff check .
 	$(TOOLS)/bin/python -m mypy
-	shellcheck -x demo .ci/run debian/host/{assignable,generator,host-mode,init-top} \
+	shellcheck -x demo .ci/run tools/install.sh debian/host/{assignable,generator,host-mode,init-top} \
 		debian/host/{initramfs-hook,live-host,qemu-hook} debian/tests/{cli,install-remove,mode-switch} \
 		tests/lab/overlay/usr/local/sbin/lab-shell
 	shellcheck -s sh tests/lab/guest-init
@@ -83,6 +86,14 @@ deb: .cache/installed-deb
 	@rm -f $(DEB_OUT)/dgx-kvm-sw_* && cp $(DEB_WORK)/dgx-kvm-sw_* $(DEB_OUT)/
 	@cd $(DEB_OUT) && sha256sum *.deb
 
+# KEY=... signs with that key of your key ring; without it, one is made for this tree.
+repo: .cache/installed-offline deb
+	$(PYTHON) -m tools.repository
+
+# For RELEASE; PACKAGES="dgx-kvm-sw ..." takes those instead of all that were built.
+bundle: .cache/installed-offline deb
+	$(PYTHON) -m tools.bundle $(RELEASE) $(PACKAGES)
+
 docs: .cache/installed-run
 	$(PYTHON) -m tools.documents build
 
@@ -98,8 +109,9 @@ clean:
 .cache/installed-test: PACKAGES := $(TEST_PACKAGES)
 .cache/installed-lab: PACKAGES := $(BUILD_PACKAGES) mmdebstrap util-linux debian-archive-keyring
 .cache/installed-package: PACKAGES := $(TEST_PACKAGES) $(BUILD_PACKAGES) mmdebstrap piuparts \
-	autopkgtest git
+	autopkgtest git $(OFFLINE_PACKAGES)
 .cache/installed-deb: PACKAGES := $(BUILD_PACKAGES)
+.cache/installed-offline: PACKAGES := $(BUILD_PACKAGES) $(OFFLINE_PACKAGES)
 .cache/installed-%: Makefile
 	@mkdir -p .cache
 	@missing=$$(for name in $(PACKAGES); do \
