@@ -107,7 +107,7 @@ clean:
 # Installs only what is missing, so that a second run needs neither root nor network.
 .cache/installed-run: PACKAGES := $(RUN_PACKAGES)
 .cache/installed-test: PACKAGES := $(TEST_PACKAGES)
-.cache/installed-lab: PACKAGES := $(BUILD_PACKAGES) mmdebstrap util-linux debian-archive-keyring
+.cache/installed-lab: PACKAGES := $(BUILD_PACKAGES) $(OFFLINE_PACKAGES) mmdebstrap util-linux
 .cache/installed-package: PACKAGES := $(TEST_PACKAGES) $(BUILD_PACKAGES) mmdebstrap piuparts \
 	autopkgtest git $(OFFLINE_PACKAGES)
 .cache/installed-deb: PACKAGES := $(BUILD_PACKAGES)

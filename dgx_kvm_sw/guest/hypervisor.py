@@ -22,6 +22,7 @@ from dgx_kvm_sw.model.pci import CpuSet
 
 POOL = "dgx-kvm"
 _POLL_SECONDS = 0.2
+_ASK_AGAIN_SECONDS = 15.0
 _REFRESH_TRIES = 50
 
 
@@ -109,15 +110,17 @@ class Hypervisor:
     def shut_down(self, name: str, uuid: str, timeout: float, *, force: bool) -> None:
         """Ask the guest to shut down and wait; with `force`, then pull the plug.
 
-        Raises HypervisorError when the guest is still up after `timeout` seconds.
+        Asked more than once: one that is still booting hears nothing yet. Raises HypervisorError
+        when the guest is still up after `timeout` seconds.
         """
         with _explained(f"shut down {name}"):
             domain = self._connection.lookupByUUIDString(uuid)
-            end = time.monotonic() + timeout
-            if timeout > 0 and _runs(domain):
-                with _unless_off(domain):
-                    domain.shutdown()
-            while _runs(domain) and time.monotonic() < end:
+            asked, end = 0.0, time.monotonic() + timeout
+            while _runs(domain) and (now := time.monotonic()) < end:
+                if now - asked >= _ASK_AGAIN_SECONDS or not asked:
+                    asked = now
+                    with _unless_off(domain):
+                        domain.shutdown()
                 time.sleep(_POLL_SECONDS)
             if _runs(domain) and force:
                 with _unless_off(domain):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -14,6 +15,9 @@ import pytest
 
 from dgx_kvm_sw.decide.reboots import MOST_REBOOTS
 from dgx_kvm_sw.execute import JOURNAL, PREPARED, locked_site
+from dgx_kvm_sw.guest import hypervisor
+from dgx_kvm_sw.guest.hypervisor import Hypervisor
+from dgx_kvm_sw.model.errors import HypervisorError
 from dgx_kvm_sw.reconcile import POOL_PATH
 from integration.claimed_host import ClaimedHost
 from integration.key_guest import boot_disk
@@ -133,6 +137,21 @@ def test_other_ways_to_reboot(guests: Guests) -> None:
     guests.virsh("reset", "two")
     guests.await_ready("two")
     assert guests.running() == {"one", "two"}
+
+
+def test_a_guest_that_hears_nothing_yet_is_asked_again(
+    guests: Guests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is still booting: ours never listens to its power button."""
+    monkeypatch.setattr(hypervisor, "_ASK_AGAIN_SECONDS", 0.5)
+    uri = guests.host.libvirtd.uri
+    event = ("qemu-monitor-event", "one", "POWERDOWN", "--loop", "--timeout", "6")
+    asked = subprocess.Popen(("virsh", "--connect", uri, *event), stdout=subprocess.PIPE, text=True)
+    with contextlib.closing(Hypervisor(uri)) as connection:
+        uuid = guests.virsh("domuuid", "one").strip()
+        with pytest.raises(HypervisorError, match="one did not shut down within 2 s"):
+            connection.shut_down("one", uuid, 2, force=False)
+    assert asked.communicate()[0].count("event POWERDOWN") in (3, 4, 5)
 
 
 @pytest.mark.parametrize("how", ["power off", "destroy", "dgx-kvm stop"])

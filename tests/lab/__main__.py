@@ -23,7 +23,9 @@ from lab.shape import named, names
 from lab.story import tell
 from lab.terminal import interact
 from lab.tools import tools
+from tools import bundle
 from tools.archive import NoArchiveError
+from tools.repository import OfflineError
 
 
 def main() -> int:
@@ -32,7 +34,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return int(options.verb(options))
-    except (LabError, NoArchiveError) as error:
+    except (LabError, NoArchiveError, OfflineError) as error:
         print(f"lab: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -117,8 +119,9 @@ def _test(options: argparse.Namespace) -> int:
         tell(package, options.release, "dgx2-small")
         return 0
     for release in RELEASES:
-        for shape in ("dgx2-small", "dgx2"):
-            tell(package, release, shape)
+        bundled = bundle.make(release, ["dgx-kvm-sw"], ROOT / "bundles")
+        tell(package, release, "dgx2-small")
+        tell(bundled.with_name(f"{bundled.name}.tar"), release, "dgx2")
         negative_hosts(package, release)
         power_cuts(package, release, options.cuts, options.seed)
     return 0

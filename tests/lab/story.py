@@ -1,7 +1,8 @@
 """The story of an operator in the emulated DGX: install, VMs of two tenants, remove, as it was.
 
 Each step says what it shows and how long it took; the first that fails ends the story and leaves
-the console log and the disk below `.cache/lab/runs` for a look.
+the console log and the disk below `.cache/lab` for a look. What the operator typed, and what was
+answered, becomes `tour.md` beside the console log; TOUR.md of the project is one of these.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab import build
@@ -21,10 +22,11 @@ from lab.packages import LabError
 from lab.qemu import Hardware
 from lab.shape import Shape, named
 from lab.tools import tools
+from tools.bundle import LASTING
 
 WORD = "dgx_kvm.mode=kvm"
 STAND_IN = "nvidia-persistenced.service"
-REPOSITORY = "/srv/dgx-kvm"
+REPOSITORY = LASTING
 SOURCE = "/etc/apt/sources.list.d/dgx-kvm.sources"
 APT = f"apt-get -y -o Dir::Etc::sourcelist={SOURCE} -o Dir::Etc::sourceparts=- "
 INSTALL, GUESTS = 1800.0, 600.0  # seconds; several times what TCG needs
@@ -86,10 +88,13 @@ def expect(truth: object, otherwise: str) -> None:
 
 
 def tell(package: Path, release: str, shape: str) -> None:
-    """The whole story on a new disk; needs `package`, the .deb."""
+    """The whole story on a new disk: with `package` as the .deb, on a host that has what it depends
+    on already; as the .tar of a bundle, on one that has none of it.
+    """
     kit = tools()
-    name = f"story-{release}-{shape}"
-    disk = overlay(kit, build.disk(release), ROOT / "disks" / f"{name}.qcow2")
+    name = f"story-{release}-{shape}{package.suffix.replace('.', '-')}"
+    base = build.disk(release, dependencies=package.suffix == ".deb")
+    disk = overlay(kit, base, ROOT / "disks" / f"{name}.qcow2")
     guest = build.guest_image(release)
     with Machine(kit, Hardware(named(shape), disk), name) as host:
         story = Story(host, named(shape), VMS[shape])
@@ -101,6 +106,27 @@ def tell(package: Path, release: str, shape: str) -> None:
         story.host_reboot()
         story.change()
         story.remove()
+        tour = story.tour.save(host.real / "tour.md")
+    say(f"the story is told; what was typed and answered: {tour}")
+
+
+@dataclass
+class Tour:
+    """What an operator sees of the story, in Markdown."""
+
+    parts: list[str] = field(default_factory=list)
+
+    def heading(self, text: str) -> None:
+        self.parts.append(f"\n## {text[0].upper()}{text[1:]}\n")
+
+    def typed(self, command: str, answer: str) -> None:
+        self.parts.append(
+            f"```console\n# {command}\n{answer.rstrip()}\n```\n".replace("\n\n```", "\n```")
+        )
+
+    def save(self, file: Path) -> Path:
+        file.write_text("\n".join(self.parts).lstrip())
+        return file
 
 
 @dataclass
@@ -109,13 +135,29 @@ class Story:
     shape: Shape
     vms_wanted: tuple[Vm, ...]
     beginning: Facts | None = None
+    bundled: bool = False  # what the package depends on came with it
+    tour: Tour = field(default_factory=Tour)
+
+    @contextmanager
+    def _step(self, text: str) -> Iterator[None]:
+        self.tour.heading(text)
+        with told(text):
+            yield
+
+    def _type(self, command: str, timeout: float = 120, code: int = 0, only: str = "") -> str:
+        """Run what an operator types. Of a long answer the tour shows the lines with `only`."""
+        result = self.host.run(command, timeout)
+        expect(result.code == code, f"`{command}` ended with {result.code}:\n{result.output}")
+        lines = [line for line in result.output.splitlines() if re.search(only, line)]
+        self.tour.typed(command, "\n".join(lines))
+        return result.output
 
     # --- bare metal
 
     def bare_metal(self, package: Path) -> None:
-        with told("the DGX boots bare metal"):
+        with self._step("the DGX boots bare metal"):
             self.host.boot()
-        with told("everything that can be seen of it is recorded"):
+        with self._step("everything that can be seen of it is recorded"):
             self.make_stand_in()
             self.make_repository(package)
             self.beginning = facts(self.host)
@@ -131,8 +173,20 @@ class Story:
         )
 
     def make_repository(self, package: Path) -> None:
-        """A folder that apt takes packages from, since there is no network."""
+        """A folder that apt takes packages from, since there is no network.
+
+        Of a bundle, which has all that the package depends on, or of the package alone.
+        """
         host = self.host
+        self.bundled = package.suffix == ".tar"
+        if self.bundled:
+            host.put(package, "/srv/bundle.tar")
+            host.check(
+                f"mkdir -p {LASTING} && tar -xf /srv/bundle.tar -C {LASTING} --strip-components=1"
+                f" --no-same-owner && rm /srv/bundle.tar && cp {LASTING}/dgx-kvm.sources {SOURCE}",
+                600,
+            )
+            return
         host.check(f"mkdir -p {REPOSITORY} && chmod 755 /srv {REPOSITORY}")
         host.put(package, f"{REPOSITORY}/{package.name}")
         host.check(
@@ -145,27 +199,30 @@ class Story:
 
     def install(self) -> None:
         host = self.host
-        with told("apt install dgx-kvm-sw, from a folder, without a network"):
-            said = host.check(f"{APT} update && {APT} install dgx-kvm-sw", INSTALL)
+        with self._step("apt install dgx-kvm-sw, from a folder, without a network"):
+            host.check(f"{APT} update", INSTALL)
+            said = self._type("apt-get -y install dgx-kvm-sw", INSTALL, only="dgx-kvm|reboot")
             expect("from its next boot on, this host gives" in said, f"install said:\n{said}")
-        with told("still bare metal until the reboot"):
+        with self._step("still bare metal until the reboot"):
             assert self.beginning
             expect(functions(host) == self.beginning.functions, "a driver changed at once")
             expect(self._active(STAND_IN) == "active", f"{STAND_IN} was stopped")
-            expect("reboot" in host.check("dgx-kvm mode"), "dgx-kvm mode asks for no reboot")
+            expect("reboot" in self._type("dgx-kvm mode"), "dgx-kvm mode asks for no reboot")
             host.check("test -e /run/reboot-required")
 
     # --- KVM mode
 
     def kvm_mode(self) -> None:
         host = self.host
-        with told("reboot"):
+        with self._step("reboot"):
             host.reboot()
             state = host.settled()
             failed = host.check("systemctl --failed --no-legend --plain")
             expect(state == "running", f"the host is {state}: {failed}")
             expect(WORD in host.check("cat /proc/cmdline"), "the word is not on the command line")
-        with told("GPUs, NVSwitches, free NICs and drives are on vfio-pci; the rest untouched"):
+        with self._step(
+            "GPUs, NVSwitches, free NICs and drives are on vfio-pci; the rest untouched"
+        ):
             self._check_drivers()
             expect(not modules(host) & {"nouveau", "nvidia"}, "nouveau is loaded")
             expect(self._active(STAND_IN) == "inactive", f"{STAND_IN} runs in KVM mode")
@@ -173,7 +230,9 @@ class Story:
                 host.check(f"systemctl is-enabled {STAND_IN}").strip() == "enabled",
                 f"{STAND_IN} was disabled",
             )
-            host.check("dgx-kvm mode --verify && dgx-kvm mode --check")
+            self._type("dgx-kvm mode")
+            self._type("dgx-kvm mode --check")
+            host.check("dgx-kvm mode --verify")
 
     def _check_drivers(self) -> None:
         assert self.beginning
@@ -191,21 +250,23 @@ class Story:
 
     def vms(self, guest: Path) -> None:
         host = self.host
-        with told("an image and vms.yaml: VMs of two tenants"):
+        with self._step("an image and vms.yaml: VMs of two tenants"):
             build.add_guest_image(host, guest)
             self._write_vms(self.vms_wanted)
-            plan = host.run("dgx-kvm plan")
-            expect(plan.code == 2, f"plan: {plan.code}\n{plan.output}")
-        with told("dgx-kvm apply"):
-            host.check("dgx-kvm apply", GUESTS)
+            self._type("cat /etc/dgx-kvm/vms.yaml")
+            self._type("dgx-kvm plan", code=2)
+        with self._step("dgx-kvm apply"):
+            self._type("dgx-kvm apply", GUESTS)
+            self._type("dgx-kvm status")
         for vm in self.vms_wanted:
-            with told(f"{vm.name} reports its {vm.gpus} GPU(s), CPUs and NUMA layout"):
+            with self._step(f"{vm.name} reports its {vm.gpus} GPU(s), CPUs and NUMA layout"):
                 self._check_guest(vm)
-        with told("CPUs are pinned as the definition says"):
+        with self._step("CPUs are pinned as the definition says"):
             for vm in self.vms_wanted:
                 self._check_pins(vm)
-        with told("a second apply does nothing"):
-            said = host.check("dgx-kvm apply && dgx-kvm status --check", GUESTS)
+        with self._step("a second apply does nothing"):
+            said = self._type("dgx-kvm apply", GUESTS)
+            host.check("dgx-kvm status --check", GUESTS)
             expect("created" not in said and "started" not in said, said)
 
     def _write_vms(self, vms: Iterable[Vm]) -> None:
@@ -220,6 +281,7 @@ class Story:
 
     def _check_guest(self, vm: Vm) -> None:
         seen = self._report(vm.name)
+        self.tour.typed(f"dgx-kvm console {vm.name}", seen.strip())
         devices = re.findall(r"pci \S+ (\S{4}:\S{4}) class (\S{4})", seen)
         xml = self.host.check(f"virsh dumpxml {vm.name}")
         addresses = re.findall(
@@ -248,10 +310,9 @@ class Story:
 
     def _report(self, name: str, boots: int = 1) -> str:
         """What the VM said at its latest boot, on its console."""
-        log = f"/var/log/libvirt/qemu/{name}.console.log"
         deadline = time.monotonic() + GUESTS
         while time.monotonic() < deadline:
-            reports = self.host.run(f"cat {log}").output.split("lab-guest: ready")
+            reports = self.host.run(f"cat {_console(name)}").output.split("lab-guest: ready")
             if len(reports) > boots:
                 return reports[-2]
             time.sleep(5)
@@ -270,32 +331,36 @@ class Story:
 
     def guest_reboot(self) -> None:
         vm = self.vms_wanted[0]
-        with told(f"{vm.name} reboots itself and is back"):
-            boots = self.host.check(f"cat /var/log/libvirt/qemu/{vm.name}.console.log").count(
-                "lab-guest: ready"
-            )
+        with self._step(f"{vm.name} reboots itself and is back"):
+            boots = self._boots(vm)
             # QEMU looks once a second whether somebody has opened the console.
             self.host.check(f"(sleep 2; echo reboot; sleep 3) >$(virsh ttyconsole {vm.name})")
             self._report(vm.name, boots + 1)
             expect(self._running() == self._names(), "not all VMs run after a guest's reboot")
 
     def host_reboot(self) -> None:
-        with told("the host reboots: its VMs shut down in order and come back"):
+        with self._step("the host reboots: its VMs shut down in order and come back"):
+            boots = {vm.name: self._boots(vm) for vm in self.vms_wanted}
             self.host.reboot()
             state = self.host.settled(GUESTS + 600)
             expect(state == "running", f"the host is {state}")
             expect(self._running() == self._names(), f"{self._running()} run after the reboot")
             for vm in self.vms_wanted:
-                log = self.host.check(f"cat /var/log/libvirt/qemu/{vm.name}.console.log")
+                self._report(vm.name, boots[vm.name] + 1)
+                log = self.host.check(f"cat {_console(vm.name)}")
                 expect("lab-guest: power button" in log, f"{vm.name} was not shut down in order")
+
+    def _boots(self, vm: Vm) -> int:
+        """How often the VM has come up."""
+        return self.host.check(f"cat {_console(vm.name)}").count("lab-guest: ready")
 
     def change(self) -> None:
         gone, *kept = self.vms_wanted
-        with told(f"{gone.name} leaves vms.yaml: it runs on until apply --prune --restart"):
+        with self._step(f"{gone.name} leaves vms.yaml: it runs on until apply --prune --restart"):
             self._write_vms(kept)
-            self.host.run("dgx-kvm apply", GUESTS)
+            self._type("dgx-kvm apply", GUESTS)
             expect(gone.name in self._running(), f"{gone.name} was stopped unasked")
-            self.host.check("dgx-kvm apply --prune --restart --delete-disks", GUESTS)
+            self._type("dgx-kvm apply --prune --restart --delete-disks", GUESTS)
             expect(self._running() == {vm.name for vm in kept}, f"{self._running()} run")
         self.vms_wanted = tuple(kept)
 
@@ -303,22 +368,24 @@ class Story:
 
     def remove(self) -> None:
         host = self.host
-        with told("apt remove is refused while VMs run"):
-            result = host.run(f"{APT} remove dgx-kvm-sw", INSTALL)
-            names = all(vm.name in result.output for vm in self.vms_wanted)
-            expect(result.code and names and "dgx-kvm stop --all" in result.output, result.output)
+        with self._step("apt remove is refused while VMs run"):
+            said = self._type("apt-get -y remove dgx-kvm-sw", INSTALL, code=100, only="dgx-kvm")
+            names = all(vm.name in said for vm in self.vms_wanted)
+            expect(names and "dgx-kvm stop --all" in said, said)
             expect(self._running() == self._names(), "refusing the removal stopped a VM")
-        with told("no VM is declared: prune them all, with their disks"):
+        with self._step("no VM is declared: prune them all, with their disks"):
             self._write_vms(())
             host.check("dgx-kvm apply --prune --restart --delete-disks", GUESTS)
             host.check(f"rm -r {build.CATALOGUE} {build.GUEST_IMAGE}")
-        with told("apt remove dgx-kvm-sw"):
-            said = host.check(f"{APT} remove dgx-kvm-sw", INSTALL)
+        with self._step("apt remove dgx-kvm-sw"):
+            said = self._type("apt-get -y remove dgx-kvm-sw", INSTALL, only="dgx-kvm|next boot")
             expect("from its next boot on this host is as it was before" in said, said)
-        with told("reboot"):
+        with self._step("reboot"):
             host.reboot()
             expect(host.settled() == "running", "the host is not well after the removal")
-        with told("purge; everything is as recorded at the beginning, grub.cfg byte for byte"):
+        with self._step(
+            "purge; everything is as recorded at the beginning, grub.cfg byte for byte"
+        ):
             host.check("dpkg --purge dgx-kvm-sw")
             assert self.beginning
             found = differences(self.beginning, facts(host))
@@ -338,6 +405,10 @@ class Story:
 
     def _active(self, unit: str) -> str:
         return self.host.run(f"systemctl is-active {unit}").output.strip()
+
+
+def _console(vm: str) -> str:
+    return f"/var/log/libvirt/qemu/{vm}.console.log"
 
 
 def _id(function: Function) -> str:
