@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from lab import build
-from lab.cache import ROOT, say
+from lab.cache import ROOT, say, step
 from lab.console import Shell
 from lab.image import RELEASES
 from lab.machine import Machine, overlay
@@ -20,12 +20,14 @@ from lab.packages import LabError
 from lab.powercuts import power_cuts
 from lab.qemu import Hardware, Iommu
 from lab.shape import named, names
-from lab.story import tell
+from lab.story import VMS, tell
 from lab.terminal import interact
 from lab.tools import tools
 from tools import bundle
 from tools.archive import NoArchiveError
 from tools.repository import OfflineError
+
+PARTS = ("story", "bundle", "negative", "cuts")  # "bundle": the story, with all from a bundle
 
 
 def main() -> int:
@@ -65,7 +67,9 @@ def _arguments() -> argparse.ArgumentParser:
         added.add_argument("--installed", action="store_true", help="with the built package")
         added.add_argument("--name", default="host")
     added = verb("test", _test, "tell the story of an operator, unattended")
-    added.add_argument("--full", action="store_true", help="all of it; hours")
+    added.add_argument("--part", choices=PARTS, default="story", help="what to tell")
+    added.add_argument("--shape", choices=VMS, default="dgx2-small", help="of the story")
+    added.add_argument("--full", action="store_true", help="all parts on all releases; hours")
     added.add_argument("--seed", type=int, default=int(time.time()), help="of the power cuts")
     added.add_argument("--cuts", type=int, default=4, help="how many power cuts a release gets")
     added = verb("run", _run, "run a command in a machine that `boot` keeps")
@@ -108,23 +112,36 @@ def _boot(options: argparse.Namespace) -> int:
 
 def _shell(options: argparse.Namespace) -> int:
     with _machine(options) as machine:
-        machine.boot()
+        with step(f"{options.name}: root shell"):
+            machine.power_on()
+            machine.wait_for_shell()
         interact(machine.directory)
     return 0
 
 
 def _test(options: argparse.Namespace) -> int:
-    package = build.package()
     if not options.full:
-        tell(package, options.release, "dgx2-small")
+        _part(options.part, options.release, options.shape, options)
         return 0
     for release in RELEASES:
-        bundled = bundle.make(release, ["dgx-kvm-sw"], ROOT / "bundles")
-        tell(package, release, "dgx2-small")
-        tell(bundled.with_name(f"{bundled.name}.tar"), release, "dgx2")
-        negative_hosts(package, release)
-        power_cuts(package, release, options.cuts, options.seed)
+        for part, shape in (("story", "dgx2-small"), ("bundle", "dgx2")):
+            _part(part, release, shape, options)
+        for part in ("negative", "cuts"):
+            _part(part, release, "", options)
     return 0
+
+
+def _part(part: str, release: str, shape: str, options: argparse.Namespace) -> None:
+    match part:
+        case "story":
+            tell(build.package(), release, shape)
+        case "bundle":
+            folder = bundle.make(release, ["dgx-kvm-sw"], ROOT / "bundles")
+            tell(folder.with_name(f"{folder.name}.tar"), release, shape)
+        case "negative":
+            negative_hosts(build.package(), release)
+        case "cuts":
+            power_cuts(build.package(), release, options.cuts, options.seed)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -32,9 +32,8 @@ ESP_MIB = 64
 ESP_START_MIB, ROOT_START_MIB = 1, 1 + ESP_MIB
 ROOT_MIB = SIZE_MIB - ROOT_START_MIB - 1  # GPT keeps a copy at the end
 
-# Kernel words: without no_timer_check, TCG under load panics ("timer doesn't work through
-# Interrupt-remapped IO-APIC").
-WORDS = "console=tty0 console=ttyS0 no_timer_check panic=5"
+_GRUB = (OVERLAY / "etc/default/grub").read_text()
+WORDS = re.findall(r'^GRUB_CMDLINE_LINUX="(.*)"$', _GRUB, re.MULTILINE)[0]
 FIRST_GRUB_CFG = f"""\
 search --no-floppy --label {LABEL} --set root
 linux /vmlinuz root=LABEL={LABEL} ro {WORDS}
@@ -46,10 +45,12 @@ boot
 INSIDE = (
     "passwd -q -d root",
     "mkdir -p /var/log/journal",  # so that the last boot's journal can be read, as on any Debian
-    "systemctl -q enable systemd-networkd lab-shell.service",
+    "systemctl -q enable systemd-networkd lab-shell.service lab-console.service",
+    # What would wait for a network, or start in an hour; some slow services that nobody here needs.
     "systemctl -q mask apt-daily.timer apt-daily-upgrade.timer man-db.timer e2scrub_all.timer"
     " fstrim.timer dpkg-db-backup.timer systemd-networkd-wait-online.service"
-    " systemd-timesyncd.service",
+    " systemd-timesyncd.service nvmf-autoconnect.service e2scrub_reap.service"
+    " systemd-binfmt.service proc-sys-fs-binfmt_misc.automount serial-getty@ttyS0.service",
 )
 
 

@@ -29,7 +29,7 @@ SECTOR = 512
 
 GRUB_CFG = """\
 search --no-floppy --file /lab-guest/vmlinuz --set root
-linux /lab-guest/vmlinuz console=ttyS0 no_timer_check panic=5 quiet
+linux /lab-guest/vmlinuz console=ttyS0 no_timer_check panic=5 quiet mitigations=off init_on_alloc=0
 initrd /lab-guest/initrd
 boot
 """

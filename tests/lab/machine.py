@@ -66,10 +66,11 @@ class Machine:
     # --- power
 
     def boot(self, timeout: float = BOOT) -> None:
-        """Press the power button and wait for the root shell."""
+        """Press the power button and wait until systemd has started all."""
         with step(f"{self.name}: boot"):
             self.power_on()
             self.wait_for_shell(timeout)
+            self.settled(timeout)
 
     def power_on(self) -> None:
         """Start QEMU and the devices; a machine that was cut off starts from its disk again."""
@@ -83,7 +84,9 @@ class Machine:
         self._start("qemu", command(self.tools, self.hardware, self.directory))
 
     def wait_for_shell(self, timeout: float = BOOT) -> None:
-        """Wait until the shell of another boot than the last one answers."""
+        """Wait until the shell of another boot than the last one answers. It does so long before
+        systemd has started all; `settled` waits for that.
+        """
         if self.shell is None:
             self.shell = Shell(self.directory / "shell.sock")
         deadline = time.monotonic() + timeout
@@ -101,10 +104,11 @@ class Machine:
                     raise self._failure(f"no shell after {timeout:.0f} s") from error
 
     def reboot(self, timeout: float = BOOT) -> None:
-        """Reboot as an administrator does; returns when the next boot's shell answers."""
+        """Reboot as an administrator does; returns when systemd has started all."""
         with step(f"{self.name}: reboot"):
             self._shell().send("systemctl reboot")
             self.wait_for_shell(timeout)
+            self.settled(timeout)
 
     def power_off(self, timeout: float = 120) -> None:
         """Shut down as an administrator does."""
