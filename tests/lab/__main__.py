@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from lab import build
+from lab.airgap import airgap
 from lab.cache import ROOT, say, step
 from lab.console import Shell
 from lab.image import RELEASES
@@ -27,7 +28,8 @@ from tools import bundle
 from tools.archive import NoArchiveError
 from tools.repository import OfflineError
 
-PARTS = ("story", "bundle", "negative", "cuts")  # "bundle": the story, with all from a bundle
+# "bundle" is the story with all from a bundle.
+PARTS = ("story", "bundle", "airgap", "negative", "cuts")
 
 
 def main() -> int:
@@ -126,7 +128,7 @@ def _test(options: argparse.Namespace) -> int:
     for release in RELEASES:
         for part, shape in (("story", "dgx2-small"), ("bundle", "dgx2")):
             _part(part, release, shape, options)
-        for part in ("negative", "cuts"):
+        for part in ("airgap", "negative", "cuts"):
             _part(part, release, "", options)
     return 0
 
@@ -138,6 +140,8 @@ def _part(part: str, release: str, shape: str, options: argparse.Namespace) -> N
         case "bundle":
             folder = bundle.make(release, ["dgx-kvm-sw"], ROOT / "bundles")
             tell(folder.with_name(f"{folder.name}.tar"), release, shape)
+        case "airgap":
+            airgap(release)
         case "negative":
             negative_hosts(build.package(), release)
         case "cuts":

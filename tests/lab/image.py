@@ -19,6 +19,7 @@ RELEASES = ("bookworm", "trixie")
 BASE = (
     "linux-image-amd64", "systemd-sysv", "udev", "dbus", "initramfs-tools", "grub-efi-amd64",
     "kmod", "procps", "iproute2", "pciutils", "ethtool", "nvme-cli", "busybox-static", "zstd",
+    "openssh-client",
 )  # fmt: skip
 # What the package's substituted dependencies come to, and what its tests look with.
 MORE = ("python3", "python3-debian", "numactl")

@@ -23,7 +23,7 @@ from lab.qemu import Hardware, command
 from lab.shape import SHAPES
 from lab.tools import Tools
 
-BOOT = 420  # seconds; four times what the smallest machine needs
+BOOT = 900  # seconds; many times what the smallest machine needs on an idle host
 STUCK = ("grub>", "grub rescue>", "(initramfs)", "end Kernel panic", "emergency mode")
 SHARED = (
     "mkdir -p /run/lab && mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 lab /run/lab"

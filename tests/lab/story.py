@@ -29,7 +29,7 @@ STAND_IN = "nvidia-persistenced.service"
 REPOSITORY = LASTING
 SOURCE = "/etc/apt/sources.list.d/dgx-kvm.sources"
 APT = f"apt-get -y -o Dir::Etc::sourcelist={SOURCE} -o Dir::Etc::sourceparts=- "
-INSTALL, GUESTS = 1800.0, 600.0  # seconds; several times what TCG needs
+INSTALL, GUESTS = 1800.0, 1200.0  # seconds; several times what TCG needs alone
 
 
 class StoryError(LabError):
@@ -144,7 +144,7 @@ class Story:
         with told(text):
             yield
 
-    def _type(self, command: str, timeout: float = 120, code: int = 0, only: str = "") -> str:
+    def typed(self, command: str, timeout: float = 120, code: int = 0, only: str = "") -> str:
         """Run what an operator types. Of a long answer the tour shows the lines with `only`."""
         result = self.host.run(command, timeout)
         expect(result.code == code, f"`{command}` ended with {result.code}:\n{result.output}")
@@ -201,13 +201,13 @@ class Story:
         host = self.host
         with self._step("apt install dgx-kvm-sw, from a folder, without a network"):
             host.check(f"{APT} update", INSTALL)
-            said = self._type("apt-get -y install dgx-kvm-sw", INSTALL, only="dgx-kvm|reboot")
+            said = self.typed("apt-get -y install dgx-kvm-sw", INSTALL, only="dgx-kvm|reboot")
             expect("from its next boot on, this host gives" in said, f"install said:\n{said}")
         with self._step("still bare metal until the reboot"):
             assert self.beginning
             expect(functions(host) == self.beginning.functions, "a driver changed at once")
             expect(self._active(STAND_IN) == "active", f"{STAND_IN} was stopped")
-            expect("reboot" in self._type("dgx-kvm mode"), "dgx-kvm mode asks for no reboot")
+            expect("reboot" in self.typed("dgx-kvm mode"), "dgx-kvm mode asks for no reboot")
             host.check("test -e /run/reboot-required")
 
     # --- KVM mode
@@ -230,8 +230,8 @@ class Story:
                 host.check(f"systemctl is-enabled {STAND_IN}").strip() == "enabled",
                 f"{STAND_IN} was disabled",
             )
-            self._type("dgx-kvm mode")
-            self._type("dgx-kvm mode --check")
+            self.typed("dgx-kvm mode")
+            self.typed("dgx-kvm mode --check")
             host.check("dgx-kvm mode --verify")
 
     def _check_drivers(self) -> None:
@@ -253,11 +253,11 @@ class Story:
         with self._step("an image and vms.yaml: VMs of two tenants"):
             build.add_guest_image(host, guest)
             self._write_vms(self.vms_wanted)
-            self._type("cat /etc/dgx-kvm/vms.yaml")
-            self._type("dgx-kvm plan", code=2)
+            self.typed("cat /etc/dgx-kvm/vms.yaml")
+            self.typed("dgx-kvm plan", code=2)
         with self._step("dgx-kvm apply"):
-            self._type("dgx-kvm apply", GUESTS)
-            self._type("dgx-kvm status")
+            self.typed("dgx-kvm apply", GUESTS)
+            self.typed("dgx-kvm status")
         for vm in self.vms_wanted:
             with self._step(f"{vm.name} reports its {vm.gpus} GPU(s), CPUs and NUMA layout"):
                 self._check_guest(vm)
@@ -265,7 +265,7 @@ class Story:
             for vm in self.vms_wanted:
                 self._check_pins(vm)
         with self._step("a second apply does nothing"):
-            said = self._type("dgx-kvm apply", GUESTS)
+            said = self.typed("dgx-kvm apply", GUESTS)
             host.check("dgx-kvm status --check", GUESTS)
             expect("created" not in said and "started" not in said, said)
 
@@ -358,9 +358,9 @@ class Story:
         gone, *kept = self.vms_wanted
         with self._step(f"{gone.name} leaves vms.yaml: it runs on until apply --prune --restart"):
             self._write_vms(kept)
-            self._type("dgx-kvm apply", GUESTS)
+            self.typed("dgx-kvm apply", GUESTS)
             expect(gone.name in self._running(), f"{gone.name} was stopped unasked")
-            self._type("dgx-kvm apply --prune --restart --delete-disks", GUESTS)
+            self.typed("dgx-kvm apply --prune --restart --delete-disks", GUESTS)
             expect(self._running() == {vm.name for vm in kept}, f"{self._running()} run")
         self.vms_wanted = tuple(kept)
 
@@ -369,7 +369,7 @@ class Story:
     def remove(self) -> None:
         host = self.host
         with self._step("apt remove is refused while VMs run"):
-            said = self._type("apt-get -y remove dgx-kvm-sw", INSTALL, code=100, only="dgx-kvm")
+            said = self.typed("apt-get -y remove dgx-kvm-sw", INSTALL, code=100, only="dgx-kvm")
             names = all(vm.name in said for vm in self.vms_wanted)
             expect(names and "dgx-kvm stop --all" in said, said)
             expect(self._running() == self._names(), "refusing the removal stopped a VM")
@@ -378,7 +378,7 @@ class Story:
             host.check("dgx-kvm apply --prune --restart --delete-disks", GUESTS)
             host.check(f"rm -r {build.CATALOGUE} {build.GUEST_IMAGE}")
         with self._step("apt remove dgx-kvm-sw"):
-            said = self._type("apt-get -y remove dgx-kvm-sw", INSTALL, only="dgx-kvm|next boot")
+            said = self.typed("apt-get -y remove dgx-kvm-sw", INSTALL, only="dgx-kvm|next boot")
             expect("from its next boot on this host is as it was before" in said, said)
         with self._step("reboot"):
             host.reboot()
