@@ -66,8 +66,10 @@ lab: .cache/installed-lab deb
 lab-shell: .cache/installed-lab
 	$(LAB) shell --release $(RELEASE)
 
-lab-test: .cache/installed-lab deb
-	$(LAB) test --release $(RELEASE) $(if $(FULL),--full)
+# PART=story is what every change is tried with; the air-gapped site needs three guest images.
+PART := story airgap
+lab-test: .cache/installed-lab deb $(if $(FULL)$(filter airgap,$(PART)),images)
+	$(LAB) test --release $(RELEASE) $(if $(FULL),--full,$(addprefix --part ,$(PART)))
 
 bench: .cache/installed-test
 	$(PYTHON) -m bench.placement

@@ -69,7 +69,7 @@ def _arguments() -> argparse.ArgumentParser:
         added.add_argument("--installed", action="store_true", help="with the built package")
         added.add_argument("--name", default="host")
     added = verb("test", _test, "tell the story of an operator, unattended")
-    added.add_argument("--part", choices=PARTS, default="story", help="what to tell")
+    added.add_argument("--part", choices=PARTS, action="append", help="what to tell; the story")
     added.add_argument("--shape", choices=VMS, default="dgx2-small", help="of the story")
     added.add_argument("--full", action="store_true", help="all parts on all releases; hours")
     added.add_argument("--seed", type=int, default=int(time.time()), help="of the power cuts")
@@ -123,7 +123,8 @@ def _shell(options: argparse.Namespace) -> int:
 
 def _test(options: argparse.Namespace) -> int:
     if not options.full:
-        _part(options.part, options.release, options.shape, options)
+        for part in options.part or ("story",):
+            _part(part, options.release, options.shape, options)
         return 0
     for release in RELEASES:
         for part, shape in (("story", "dgx2-small"), ("bundle", "dgx2")):
