@@ -231,11 +231,8 @@ class _Run:
         """Remove the bases that only deleted disks lay on; where that fails they just stay."""
         try:
             volumes = self.hypervisor.volumes(fresh=True)
-            needed = {volume.backing for volume in volumes}
-            for domain in read_current(self.hypervisor).domains:
-                for facts in filter(None, (domain.facts, domain.live)):
-                    needed |= {path for disk in facts.disks for path in (disk.path, disk.backing)}
-            removed = bases.remove_unneeded(self.site.root, needed)
+            needed = bases.users(read_current(self.hypervisor), volumes)
+            removed = bases.remove_unneeded(self.site.root, needed.keys())
             write_journal(self.site, {"event": "bases removed", "files": removed}, sync=False)
         except DgxKvmError as error:
             write_journal(self.site, {"event": "bases kept", "error": error.message}, sync=False)

@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +20,7 @@ from dgx_kvm_sw.access.files import Root, explained, locked
 from dgx_kvm_sw.guest import checksums, images
 from dgx_kvm_sw.guest.checksums import Progress, unwatched
 from dgx_kvm_sw.guest.images import BASES, Image
+from dgx_kvm_sw.model.domain import CurrentState, Volume
 from dgx_kvm_sw.model.errors import HostError
 
 MODE = 0o444  # tenants share it
@@ -181,6 +182,22 @@ def images_locked(root: Root) -> AbstractContextManager[None]:
     """A context in which no other command gives a base its name or removes one."""
     holder = f"another `dgx-kvm` (process {os.getpid()})"
     return locked(root.path(_LOCK), holder, _LOCK_SECONDS)
+
+
+def users(current: CurrentState, volumes: Iterable[Volume] | None = None) -> dict[str, set[str]]:
+    """Return, by file, the VMs whose disks are that file or lie on it; a kept disk of a VM that
+    is gone counts. `volumes` are those of the pool where it was looked at anew.
+    """
+    found: dict[str, set[str]] = {}
+    for volume in current.volumes if volumes is None else volumes:
+        found.setdefault(volume.backing, set()).add(volume.name.partition(".")[0])
+    for domain in current.domains:
+        for facts in filter(None, (domain.facts, domain.live)):
+            for disk in facts.disks:
+                found.setdefault(disk.backing, set()).add(domain.name)
+                found.setdefault(disk.path, set()).add(domain.name)
+    found.pop("", None)
+    return found
 
 
 def remove_unneeded(root: Root, needed: Collection[str]) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ def installed_disk(release: str, deb: Path) -> Path:
 def add_guest_image(machine: Machine, guest: Path) -> None:
     """Put the image of VMs into the catalogue, as an image package would."""
     machine.put(guest, GUEST_IMAGE)
-    manifest = json.dumps({"name": "lab-guest", "path": GUEST_IMAGE, "format": "qcow2"})
+    manifest = json.dumps(guest_manifest(guest))
     machine.check(
         f"mkdir -p {CATALOGUE} && echo {shlex.quote(manifest)} >{CATALOGUE}/lab-guest.json"
     )
