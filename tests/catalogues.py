@@ -29,6 +29,14 @@ def manifest(name: str, content: bytes = BYTES, **fields: Any) -> dict[str, Any]
     }
 
 
+def describe(root: Root, name: str, path: str, **fields: Any) -> Image:
+    """Put the manifest of a file that is there into the catalogue."""
+    data = manifest(name, root.path(path).read_bytes(), path=path, **fields)
+    image = parse(json.dumps(data), f"{MANIFESTS}/{name}.json")
+    root.write(image.manifest, json.dumps(data), sync=False)
+    return image
+
+
 def add(
     root: Root, name: str, content: bytes = BYTES, folder: str = MANIFESTS, **fields: Any
 ) -> Image:

@@ -59,7 +59,8 @@ def announce(
             for entry in entries:
                 run_hooks(root, stage, _environment(root, entry), log, failed=failed)
         kept = {name: old for name, old in before.items() if name in now.names}
-        _remember(root, {**kept, **usable})
+        if {**kept, **usable} != before:
+            _remember(root, {**kept, **usable})
     return News(added, removed)
 
 
