@@ -34,6 +34,9 @@ class News:
     removed: tuple[Entry, ...]
 
 
+_NONE = News((), ())
+
+
 def announce(
     root: Root,
     log: Callable[[Mapping[str, object]], None],
@@ -44,24 +47,30 @@ def announce(
     An image that cannot be used has not come; one that was there and cannot be used now has not
     gone. `failed` is told of hooks that fail; the others run all the same.
     """
-    with locked(
-        root.path(_LOCK), f"another `dgx-kvm image` (process {os.getpid()})", _LOCK_SECONDS
-    ):
-        before, now = _announced(root), images.catalogue(root)
-        usable = {
-            name: Entry(name, image.version, image.path)
-            for name, image in now.images.items()
-            if name not in now.faults
-        }
-        added = tuple(new for name, new in usable.items() if _is_new(before.get(name), new))
-        removed = tuple(old for name, old in before.items() if name not in now.names)
-        for stage, entries in ((ADDED, added), (REMOVED, removed)):
+    if _news(root)[0] == _NONE:  # nothing is written and nobody waited for
+        return _NONE
+    holder = f"another `dgx-kvm image` (process {os.getpid()})"
+    with locked(root.path(_LOCK), holder, _LOCK_SECONDS):
+        news, known = _news(root)
+        for stage, entries in ((ADDED, news.added), (REMOVED, news.removed)):
             for entry in entries:
                 run_hooks(root, stage, _environment(root, entry), log, failed=failed)
-        kept = {name: old for name, old in before.items() if name in now.names}
-        if {**kept, **usable} != before:
-            _remember(root, {**kept, **usable})
-    return News(added, removed)
+        _remember(root, known)
+    return news
+
+
+def _news(root: Root) -> tuple[News, dict[str, Entry]]:
+    """Compare what hooks know of with what is there; the second is what they know of then."""
+    before, now = _announced(root), images.catalogue(root)
+    usable = {
+        name: Entry(name, image.version, image.path)
+        for name, image in now.images.items()
+        if name not in now.faults
+    }
+    added = tuple(new for name, new in usable.items() if _is_new(before.get(name), new))
+    removed = tuple(old for name, old in before.items() if name not in now.names)
+    kept = {name: old for name, old in before.items() if name in now.names}
+    return News(added, removed), {**kept, **usable}
 
 
 def _is_new(old: Entry | None, new: Entry) -> bool:
