@@ -57,10 +57,7 @@ def image(tmp_path: Path) -> Build:
 @pytest.fixture
 def listening(armed: Machine) -> Machine:
     for stage in ("image-added", "image-removed"):
-        script = (
-            "#!/bin/sh\necho $DGX_KVM_STAGE $DGX_KVM_IMAGE $DGX_KVM_IMAGE_VERSION >>/root/told\n"
-        )
-        armed.write(f"{HOOKS}/{stage}/10-tell", script, 0o755)
+        armed.write(f"{HOOKS}/{stage}/10-tell", TELL, 0o755)
     return armed
 
 
@@ -90,9 +87,7 @@ def test_hooks_hear_of_image_packages(listening: Machine, image: Build, newer: P
 def test_images_that_were_there_before_are_announced(
     host: Machine, deb: Path, image: Build
 ) -> None:
-    host.write(
-        f"{HOOKS}/image-added/10-tell", "#!/bin/sh\necho $DGX_KVM_IMAGE >>/root/told\n", 0o755
-    )
+    host.write(f"{HOOKS}/image-added/10-tell", TELL, 0o755)
     install(host, image("1.0"))
     assert told(host) == []
     install(host, deb)
