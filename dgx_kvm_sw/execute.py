@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from dgx_kvm_sw.access.files import explained, locked
-from dgx_kvm_sw.guest import domainxml
+from dgx_kvm_sw.guest import bases, domainxml, images
 from dgx_kvm_sw.guest.hypervisor import Hypervisor
 from dgx_kvm_sw.host.fabric import Fabric, fabric_for
 from dgx_kvm_sw.model.actions import (
@@ -31,7 +31,7 @@ from dgx_kvm_sw.model.domain import DomainDef
 from dgx_kvm_sw.model.errors import DgxKvmError, HostError
 from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.platform import Platform
-from dgx_kvm_sw.reconcile import LOCK, POOL_PATH, Site
+from dgx_kvm_sw.reconcile import LOCK, POOL_PATH, Site, read_current
 
 JOURNAL = "/var/lib/dgx-kvm/journal.jsonl"
 PREPARED = "/run/dgx-kvm/prepared"
@@ -44,6 +44,7 @@ _PARALLEL = 16
 
 class Stage(StrEnum):
     BEGIN = "begin"
+    UNDER_WAY = "under way"
     DONE = "done"
     FAILED = "failed"
     SKIPPED = "skipped"  # an earlier action of the same VM failed
@@ -56,6 +57,7 @@ class Event:
     stage: Stage
     action: Action
     error: DgxKvmError | None = None
+    progress: str = ""  # of one that is under way, for a person
 
 
 Report = Callable[[Event], None]
@@ -142,6 +144,8 @@ class _Run:
             self.site.root.remove(f"{PREPARED}/{mark}")
         for phase, group in itertools.groupby(actions, key=lambda action: action.phase):
             self._phase(phase, list(group))
+        if any(isinstance(each, UndefineDomain) and each.delete_volumes for each in self.done):
+            self._remove_unneeded_bases()
         summary = {"event": "end", "done": len(self.done), "failed": len(self.failures)}
         write_journal(self.site, summary, sync=True)
         return Outcome(len(self.done), tuple(self.failures))
@@ -190,6 +194,7 @@ class _Run:
                 self.hypervisor.undefine(action.vm, action.uuid)
                 self.site.root.remove(f"{STOPPED}/{action.uuid}")
             case CreateVolume():
+                self._adopt(action)
                 self.hypervisor.ensure_pool(POOL_PATH)
                 self.hypervisor.create_volume(action.volume)
             case DefineDomain():
@@ -200,6 +205,37 @@ class _Run:
                 self._start(action)
             case MarkRestartNeeded():
                 pass  # a statement for the reader; status finds it by comparing
+
+    def _adopt(self, action: CreateVolume) -> None:
+        """See that the file the disk is to lie over is there, verified."""
+        backing = action.volume.backing
+        if not images.base_owner(backing):
+            return
+        found = images.catalogue(self.site.root).images.values()
+        image = next((image for image in found if image.base == backing), None)
+        if image is None:
+            raise HostError(
+                f"the image that {backing} is made of is not there any more",
+                "repeat this command: it takes the images that are there now",
+            )
+
+        reading = f"reading image {image.label}"
+
+        def tell(done: int, total: int) -> None:
+            part = f"{reading}: {100 * done // total} %"
+            self.report(Event(Stage.UNDER_WAY, action, progress=part))
+
+        bases.adopt(self.site.root, image, tell)
+
+    def _remove_unneeded_bases(self) -> None:
+        """Remove the bases that only deleted disks lay on; where that fails they just stay."""
+        try:
+            volumes = self.hypervisor.volumes(fresh=True)
+            needed = bases.users(read_current(self.hypervisor), volumes)
+            removed = bases.remove_unneeded(self.site.root, needed.keys())
+            write_journal(self.site, {"event": "bases removed", "files": removed}, sync=False)
+        except DgxKvmError as error:
+            write_journal(self.site, {"event": "bases kept", "error": error.message}, sync=False)
 
     def _shut_down(self, action: ShutDownDomain) -> None:
         leave_off(self.site, action.uuid)  # first: a guest may answer by a reboot

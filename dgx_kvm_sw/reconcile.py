@@ -10,7 +10,13 @@ from dataclasses import dataclass, replace
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.decide.changes import same
-from dgx_kvm_sw.decide.domain import Surroundings, desired_domain, desired_volumes
+from dgx_kvm_sw.decide.domain import (
+    Surroundings,
+    as_made,
+    desired_domain,
+    desired_volumes,
+    over_backings,
+)
 from dgx_kvm_sw.decide.fit import Inputs
 from dgx_kvm_sw.decide.holdings import holdings_of
 from dgx_kvm_sw.decide.placement import place
@@ -80,7 +86,7 @@ class Site:
         """Read vms.yaml and what belongs to it; remembers which text has passed the schema."""
         remembered = self.root.read(_VALIDATED, "")
         root = self.spec_root or self.root
-        known = known_images.images
+        known = known_images.names
         spec = spec_file.load(root, self.spec_file, known, remembered, self.root)
         if spec.digest != remembered:
             with contextlib.suppress(HostError):  # only a memory: not root, or a full disk
@@ -194,7 +200,7 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     around = Surroundings(
         machine_id=site.machine_id(),
         pool_path=POOL_PATH,
-        images={i.name: (i.path, i.format) for i in catalogue.images.values()},
+        images={name: _base_of(catalogue, name) for name in catalogue.names},
         template_digests={
             name: templates.digest(name) for name in sorted({vm.template for vm in ours.vms})
         },
@@ -208,8 +214,9 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
             desired.append(want)
             if definition:
                 definitions[vm.name] = definition
-    notes = (*catalogue.problems, *_disk_notes(desired, current))
-    refused = tuple(_template_conflicts(desired, placements, inputs))
+    notes = (*catalogue.problems, *_disk_notes(desired, current, ours, around))
+    conflicts = tuple(_template_conflicts(desired, placements, inputs))
+    refused = conflicts + tuple(_image_refusals(desired, current, ours, catalogue))
     placements = replace(placements, unplaceable=(*placements.unplaceable, *refused))
     names = {each.vm for each in refused}
     kept = tuple(want for want in desired if want.facts.name not in names)
@@ -304,9 +311,10 @@ def _desired(
     held = current.domain(vm.name)
     if held:  # a host whose machine id has changed keeps the UUIDs its domains were made with
         facts = replace(facts, uuid=held.facts.uuid)
+    volumes = as_made(desired_volumes(vm, around), current.volumes)
     return Desired(
-        facts=facts,
-        volumes=desired_volumes(vm, around),
+        facts=over_backings(facts, volumes),
+        volumes=volumes,
         partition=placement.partition,
         state=vm.state,
         summary=summary(placement, inputs.topology),
@@ -346,9 +354,39 @@ def summary(placement: Placement, topology: Topology) -> str:
     return f"{', '.join(parts)} on NUMA node{'s' if len(nodes) > 1 else ''} {nodes}"
 
 
-def _disk_notes(desired: list[Desired], current: CurrentState) -> list[str]:
-    """Disks are made once: say where the file now asks for others, and change nothing."""
+def _base_of(catalogue: images.Catalogue, name: str) -> tuple[str, str]:
+    """What new disks of an image lie over; one whose manifest is bad has no disks made of it."""
+    image = catalogue.images.get(name)
+    return (image.base, image.format) if image else ("", "")
+
+
+def _image_refusals(
+    desired: list[Desired], current: CurrentState, spec: HostSpec, catalogue: images.Catalogue
+) -> Iterator[Unplaceable]:
+    """Refuse VMs whose OS disk is to be made of an image that cannot be used. A disk that is
+    there needs its image no more.
+    """
+    have = {volume.path for volume in current.volumes}
+    volumes = {want.facts.name: want.volumes[0] for want in desired}
+    for vm in spec.vms:
+        volume = volumes.get(vm.name)
+        if vm.image and volume and volume.path not in have:
+            made = (volume.capacity_mib, volume.name, str(vm.firmware))
+            if why := images.refusal(catalogue, vm.image, *made):
+                yield Unplaceable(vm.name, (why[0],), (why[1],))
+
+
+def _disk_notes(
+    desired: list[Desired], current: CurrentState, spec: HostSpec, around: Surroundings
+) -> list[str]:
+    """Disks are made once: say where the file now asks for others, and change nothing.
+
+    A newer version of a disk's image is no news here; `dgx-kvm image show` has it.
+    """
     held = {volume.path: volume for volume in current.volumes}
+    asked = {
+        volume.path: volume.backing for vm in spec.vms for volume in desired_volumes(vm, around)
+    }
     notes = []
     for want in desired:
         for volume in want.volumes:
@@ -358,10 +396,16 @@ def _disk_notes(desired: list[Desired], current: CurrentState) -> list[str]:
                     f"{want.facts.name}: disk {volume.name} has {have.capacity_mib / 1024:g} GiB,"
                     f" the file says {volume.capacity_mib / 1024:g}; disks are not resized"
                 )
-            if have and have.backing != volume.backing:
+            wanted = _origin(asked.get(volume.path, ""))
+            if have and _origin(have.backing) != wanted:
                 notes.append(
                     f"{want.facts.name}: disk {volume.name} was made from"
-                    f" {have.backing or 'nothing'}, the file says {volume.backing or 'nothing'};"
-                    " delete the VM with its disks to make it anew"
+                    f" {_origin(have.backing) or 'nothing'}, the file says {wanted or 'nothing'};"
+                    " a disk stays what it was made from"
                 )
     return notes
+
+
+def _origin(backing: str) -> str:
+    """The image that a disk was made from, or the file where that is no base of ours."""
+    return images.base_owner(backing) or backing

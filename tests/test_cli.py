@@ -14,7 +14,7 @@ import pytest
 from commandline import DGX_KVM, PROJECT, Host
 
 import dgx_kvm_sw
-from dgx_kvm_sw.cli import arguments, main, overview, verbs
+from dgx_kvm_sw.cli import arguments, kinds, main, overview, verbs
 from dgx_kvm_sw.cli.version import version
 from dgx_kvm_sw.host import simulate
 from dgx_kvm_sw.model.errors import ExitCode, HostError
@@ -84,7 +84,7 @@ def test_version_of_what_is_installed_is_in_its_metadata(
 
 def test_tables_of_the_command_line_agree_with_those_of_the_program() -> None:
     assert simulate.names() == verbs.PLATFORMS
-    assert tuple(map(str, SIZES)) == verbs._SIZES
+    assert tuple(map(str, SIZES)) == kinds.SIZES
     assert tuple(map(str, Mode)) == verbs.MODES
     assert {int(code) for code in ExitCode} | {130} == {code for code, _ in overview.EXIT_CODES}
 

@@ -130,6 +130,7 @@ def test_man_pages_are_clean(name: str, build: Path) -> None:
 def test_the_manual_has_every_verb_and_option(build: Path) -> None:
     text = (build / "dgx-kvm.1").read_text().replace("\\-", "-")
     assert all(f"\n.SS dgx-kvm {verb.name}" in text for verb in VERBS)
+    assert "\n.SS dgx-kvm image import [OPTION]... FILE --name NAME --sha256 HEX\n" in text
     assert all(f"\\fB{name}\\fR" in text for names, _, _ in EVERYWHERE for name in names)
     assert all(f"\n\\fB{code}\\fR\n" in text for code in (0, 1, 2, 64, 65, 75, 130))
 
@@ -157,6 +158,9 @@ def test_the_example_in_vms_yaml_5_is_right(
         ("dgx-kvm mode ba", "bare-metal"),
         ("dgx-kvm mode --ch", "--check"),
         ("dgx-kvm plan --connect q", ""),
+        ("dgx-kvm ima", "image"),
+        ("dgx-kvm image ver", "verify"),
+        ("dgx-kvm image import --sh", "--sha256"),
     ],
 )
 def test_completion(

@@ -171,7 +171,7 @@ def test_quiet_leaves_the_exit_code(eight: Host) -> None:
 @pytest.mark.parametrize("verb", READS)
 def test_every_verb_that_looks_has_json(verb: str, eight: Host) -> None:
     eight("apply")
-    names = "vm-0" if verb == "explain" else ""
+    names = {"explain": "vm-0", "image": "list"}.get(verb, "")
     result = eight(f"{verb} {names} --json")
     assert result.code == 0
     assert result.json["version"] == 1

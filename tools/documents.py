@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dgx_kvm_sw.cli.arguments import Parser, tree
+from dgx_kvm_sw.cli.arguments import Parser, actions_of, tree
 from dgx_kvm_sw.cli.overview import DESCRIPTION, EXAMPLES, EXIT_CODES, USAGE
 from dgx_kvm_sw.cli.verbs import EVERYWHERE, PLATFORMS, VERBS
 from dgx_kvm_sw.cli.version import version
@@ -26,6 +26,15 @@ FILES = (
     ("/etc/dgx-kvm/templates/N-gpu.yaml", "what a VM with N GPUs gets besides them"),
     ("/etc/dgx-kvm/templates/domain.xml.j2", "the libvirt domain of a VM, as a Jinja template"),
     ("/var/lib/dgx-kvm/images/", "the disks of the VMs; never removed unasked"),
+    ("/var/lib/dgx-kvm/bases/", "what disks that were made from images lie on; imported images"),
+    ("/usr/share/dgx-kvm/images.d/*.json", "manifests of images from packages"),
+    ("/var/lib/dgx-kvm/images.d/*.json", "manifests of imported images"),
+    (
+        "/etc/dgx-kvm/hooks.d/STAGE/",
+        "your own programs, run in the order of their names when an image has come (image-added)"
+        " or gone (image-removed), with DGX_KVM_STAGE, DGX_KVM_IMAGE, DGX_KVM_IMAGE_VERSION and"
+        " DGX_KVM_IMAGE_PATH in their environment",
+    ),
     ("/var/lib/dgx-kvm/health.json", "devices that are to stay out of use"),
     ("/var/lib/dgx-kvm/journal.jsonl", "what was done, when, with which result"),
 )
@@ -57,6 +66,10 @@ _dgx_kvm_names() {
     sed -n '/gpus:/!{/size:/d}; s/^ *-\{0,1\} *{\{0,1\} *name: *"\{0,1\}\([a-z0-9-]*\).*/\1/p'
 }
 
+_dgx_kvm_images() {
+  ls /usr/share/dgx-kvm/images.d /var/lib/dgx-kvm/images.d 2>/dev/null | sed -n 's/\.json$//p'
+}
+
 _dgx_kvm() {
   local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} verb='' i
   COMPREPLY=()
@@ -64,7 +77,7 @@ _dgx_kvm() {
     case ${COMP_WORDS[i]} in
       @TAKES_VALUE@) ((i++)) ;;
       -*) ;;
-      *) verb=${COMP_WORDS[i]}; break ;;
+      *) verb=${verb:+$verb }${COMP_WORDS[i]}; [[ $verb == @HAS_ACTIONS@ ]] || break ;;
     esac
   done
   case $before in
@@ -136,7 +149,10 @@ def _manual(parsers: dict[str, Parser]) -> Iterator[str]:
         parser = parsers[verb.name]
         yield f".SS {roff(_synopsis(parser))}"
         yield roff(f"{verb.title[0].upper()}{verb.title[1:]}.\n{verb.about}".rstrip())
-        yield from (item(_head(action), action.help or "") for action in _own_options(parser))
+        yield from _options(parser)
+        for _, action in actions_of(parser):
+            yield f".SS {roff(_synopsis(action))}\n{roff(action.description or '')}"
+            yield from _options(action)
         yield verbatim(verb.examples)
     yield ".SH OPTIONS\nThese stand before or after any verb."
     for names, metavar, text in EVERYWHERE:
@@ -151,6 +167,12 @@ def _manual(parsers: dict[str, Parser]) -> Iterator[str]:
     yield ".SH EXAMPLES"
     yield verbatim(EXAMPLES)
     yield ".SH SEE ALSO\n.BR vms.yaml (5),\n.BR virsh (1),\n.BR libvirtd (8)"
+
+
+def _options(parser: Parser) -> Iterator[str]:
+    for action in _own_options(parser):
+        if not isinstance(action, argparse._SubParsersAction):
+            yield item(_head(action), action.help or "")
 
 
 def _synopsis(parser: Parser) -> str:
@@ -232,7 +254,8 @@ def bash_completion() -> str:
     actions = [action for each in (parser, *parsers.values()) for action in each._actions]
     verbs = [_completion_of(name, parsers[name]) for name in parsers]
     completed = ("FILE", "DIR", "PLATFORM")
-    start = f"{' '.join(parsers)} {_names_of(parser._actions)}"
+    names = [name for name in parsers if " " not in name]
+    start = f"{' '.join(names)} {_names_of(parser._actions)}"
     values = {
         "@TAKES_VALUE@": _pattern(actions, lambda action: action.nargs != 0),
         "@TAKES_FILE@": _pattern(actions, lambda action: action.metavar == "FILE"),
@@ -241,6 +264,7 @@ def bash_completion() -> str:
             actions, lambda action: action.nargs != 0 and action.metavar not in completed
         ),
         "@PLATFORMS@": " ".join(PLATFORMS),
+        "@HAS_ACTIONS@": next(name for name in names if actions_of(parsers[name])),
         "@VERBS@": "\n".join((f"    '') words='{start}' ;;", *verbs)),
     }
     text = _COMPLETION
@@ -257,12 +281,14 @@ def _completion_of(verb: str, parser: Parser) -> str:
         word for a in parser._actions if not a.option_strings for word in a.choices or ()
     ]:
         rest = f"words='{' '.join(choices)}'"
+    elif "IMAGE" in positional:
+        rest = "words=$(_dgx_kvm_images)"
     elif "NAME" in positional and verb != "create":
         rest = "words=$(_dgx_kvm_names)"
     elif "FILE" in positional:
         rest = "compopt -o default"
     options = f"words='{_names_of(parser._actions)}'"
-    return f"    {verb}) if [[ $word == -* ]]; then {options}; else {rest}; fi ;;"
+    return f"    '{verb}') if [[ $word == -* ]]; then {options}; else {rest}; fi ;;"
 
 
 def _names_of(actions: Iterable[argparse.Action]) -> str:

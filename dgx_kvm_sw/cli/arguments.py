@@ -78,15 +78,16 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser, parsers = tree(needed=words)
     args, rest = parser.parse_known_args(words, argparse.Namespace(**_DEFAULTS))
     if rest:
-        known = re.findall(r"--[a-z-]+", parsers[args.verb].format_help())
-        _raise_unknown(rest[0], f"dgx-kvm {args.verb}", known)
+        words_of_verb = " ".join(filter(None, (args.verb, getattr(args, "action", ""))))
+        known = re.findall(r"--[a-z0-9-]+", parsers[words_of_verb].format_help())
+        _raise_unknown(rest[0], f"dgx-kvm {words_of_verb}", known)
     if args.json and not any(verb.name == args.verb and verb.reads for verb in VERBS):
         parser.error(f"`{args.verb}` has no --json; verbs that only look have")
     return args
 
 
 def tree(needed: Iterable[str] | None = None) -> tuple[Parser, dict[str, Parser]]:
-    """Return the parser and those of its verbs, by name.
+    """Return the parser and those of its verbs, by name; an action of a verb is "image list".
 
     Only the verbs among the words `needed` get their options; None means all.
     """
@@ -113,7 +114,18 @@ def tree(needed: Iterable[str] | None = None) -> tuple[Parser, dict[str, Parser]
             verb.add_options(sub)
             add_everywhere(sub, reads=verb.reads)
         parsers[verb.name] = sub
+        parsers |= {f"{verb.name} {name}": nested for name, nested in actions_of(sub)}
     return parser, parsers
+
+
+def actions_of(parser: argparse.ArgumentParser) -> list[tuple[str, Parser]]:
+    """The actions of a verb, such as `list` of `image`; most verbs have none."""
+    return [
+        (name, nested)
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+        for name, nested in action.choices.items()
+    ]
 
 
 def _indented(lines: Iterable[str]) -> str:
@@ -132,7 +144,7 @@ def _sentence(message: str, prog: str) -> tuple[str, str]:
         word = choice[1].strip("'")
         options = choice[2].replace("'", "").split(", ")
         hint = _nearest(word, options, f"choose from {', '.join(options)}")
-        kind = {"VERB": "verb", "MODE": "mode"}.get(subject, "platform")
+        kind = {"VERB": "verb", "MODE": "mode", "ACTION": "action"}.get(subject, "platform")
         return f"there is no {kind} {word!r}", hint
     if rest == "VERB":
         return "a verb is missing: what is to be done?", "`dgx-kvm --help` lists the verbs"

@@ -41,7 +41,7 @@ def validate(args: Namespace) -> ExitCode:
 
 def _load(site: Site) -> HostSpec:
     """Load the file; where no image was ever installed (a laptop, CI) any image name will do."""
-    if site.root.exists(images.MANIFESTS):
+    if any(map(site.root.exists, (images.MANIFESTS, images.IMPORTED))):
         return site.load_spec(images.catalogue(site.root))
     return spec_file.load(site.spec_root or site.root, site.spec_file)
 

@@ -72,6 +72,15 @@ def complain(message: str, hint: str = "") -> None:
     print("\n".join(lines), file=sys.stderr)
 
 
+def size(number: int) -> str:
+    """Return bytes as "412 MiB", with one digit more where that says something: "1.5 GiB"."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(max(number.bit_length() - 1, 0) // 10, len(units) - 1)
+    value = number / 1024**power
+    digits = f"{value:.1f}".removesuffix(".0") if value < 10 else f"{value:.0f}"
+    return f"{digits} {units[power]}"
+
+
 def counted(number: int, one: str, many: str = "") -> str:
     """Return "1 VM", "2 VMs", "0 VMs"."""
     return f"{number} {one if number == 1 else many or one + 's'}"

@@ -46,7 +46,11 @@ class Report:
             if event.stage is Stage.BEGIN:
                 if self.signal:
                     raise Interrupted
-                self._show(f"{len(self.done) + 1}/{len(self.actions)} {event.action.describe()}")
+                self._show(self._position(event.action))
+            elif event.stage is Stage.UNDER_WAY:
+                if self.signal:  # nothing is lost: what is read now is read again
+                    raise Interrupted
+                self._show(f"{self._position(event.action)}: {event.progress}")
             elif event.stage is Stage.DONE:
                 self.done.append(event.action)
             elif event.stage is Stage.SKIPPED:
@@ -56,6 +60,9 @@ class Report:
                 self._show("")
                 complain(f"could not {event.action.describe()}: {event.error.message}",
                          event.error.hint)  # fmt: skip
+
+    def _position(self, action: Action) -> str:
+        return f"{len(self.done) + 1}/{len(self.actions)} {action.describe()}"
 
     def _show(self, text: str) -> None:
         if self.width:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ from dgx_kvm_sw.access.files import Root, locked
 from dgx_kvm_sw.model.errors import HostError, UsageError
 
 _MARK = "/simulated"  # says which machine lives here, and whether it is complete
-_COMPLETE = "complete"
+_COMPLETE = "complete 2"  # the number grows with what is laid out; an older one is laid out anew
 _LOCK = "/lock"
 _IMAGES = ("debian-12", "ubuntu-22.04")
 _SAMPLE_SPECS = (  # in a source tree, as installed
@@ -62,10 +62,9 @@ def _check_is_ours(root: Root, platform: str) -> None:
 
 def _build(root: Root, platform: str) -> None:
     """Make what is missing; the mark says "complete" last, so a killed build is taken up again."""
-    from dgx_kvm_sw.guest.images import MANIFESTS
     from dgx_kvm_sw.guest.simulated import NODE_FILE
     from dgx_kvm_sw.host import platforms, simulate
-    from dgx_kvm_sw.reconcile import POOL_PATH, SPEC_FILE
+    from dgx_kvm_sw.reconcile import SPEC_FILE
 
     root.write(_MARK, f"{platform}\n", sync=False)
     for left_over in root.directory.glob(".building-*"):  # of a build that was killed
@@ -74,11 +73,33 @@ def _build(root: Root, platform: str) -> None:
     _, topology = platforms.survey(root)
     root.write(NODE_FILE, simulate.libvirt_node_xml(topology), sync=False)
     for name in _IMAGES:
-        image = {"name": name, "path": f"{POOL_PATH}/base/{name}.qcow2", "format": "qcow2"}
-        root.write(f"{MANIFESTS}/{name}.json", json.dumps(image), sync=False)
+        _put_image(root, name)
     if not root.exists(SPEC_FILE):
         root.write(SPEC_FILE, _sample_spec(), sync=False)
     root.write(_MARK, f"{platform} {_COMPLETE}\n", sync=False)
+
+
+def _put_image(root: Root, name: str) -> None:
+    """Lay down what an image package does; the image itself is a few bytes."""
+    from dgx_kvm_sw.guest.images import MANIFESTS, Image, manifest_text
+
+    system, _, release = name.partition("-")
+    content = f"the simulated guest image {name}\n"
+    image = Image(
+        name=name,
+        version="1.0",
+        path=f"/usr/share/dgx-kvm/images/{name}.qcow2",
+        format="qcow2",
+        sha256=hashlib.sha256(content.encode()).hexdigest(),
+        size_bytes=len(content),
+        virtual_size_bytes=2 << 30,
+        title=f"{system.title()} {release}",
+        os=system,
+        release=release,
+        package=f"dgx-kvm-image-{name}",
+    )
+    root.write(image.path, content, sync=False)
+    root.write(f"{MANIFESTS}/{name}.json", manifest_text(image), sync=False)
 
 
 def _sample_spec() -> str:

@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+from dgx_kvm_sw.cli.kinds import gpus as _gpus
+from dgx_kvm_sw.cli.kinds import pair as _pair
+from dgx_kvm_sw.cli.kinds import seconds as _seconds
+from dgx_kvm_sw.cli.kinds import vm_name as _vm_name
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser as Parser
@@ -23,7 +28,6 @@ EVERYWHERE = (
     (("--debug",), "", "show where an unexpected error comes from"),
     (("--no-color",), "", "print without colours, as NO_COLOR=1 does"),
 )
-_SIZES = ("0", "1", "2", "4", "8", "16")
 
 
 class Verb:
@@ -64,42 +68,6 @@ def add_everywhere(parser: Parser, *, reads: bool) -> None:
             )
         else:
             group.add_argument(*names, action="store_true", help=text, default=SUPPRESS)
-
-
-# -- kinds of arguments -------------------------------------------------------------------------
-
-
-def _vm_name(text: str) -> str:
-    import re
-
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):
-        raise _refused(text, "a VM name: small letters, digits and hyphens, at most 63")
-    return text
-
-
-def _seconds(text: str) -> float:
-    if not (text.replace(".", "", 1).isdecimal() and text.isascii() and len(text) < 10):
-        raise _refused(text, "a number of seconds")
-    return float(text)
-
-
-def _gpus(text: str) -> int:
-    if text not in _SIZES:
-        raise _refused(text, f"a number of GPUs: {', '.join(_SIZES)}")
-    return int(text)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    left, equals, right = text.partition("=")
-    if not (left and equals and right):
-        raise _refused(text, "of the form LEFT=RIGHT")
-    return left, right
-
-
-def _refused(text: str, wanted: str) -> Exception:
-    from argparse import ArgumentTypeError
-
-    return ArgumentTypeError(f"{text[:70]!r} is not {wanted}")
 
 
 # -- options of each verb -----------------------------------------------------------------------
@@ -264,6 +232,12 @@ def _mode(parser: Parser) -> None:
     )
 
 
+def _image(parser: Parser) -> None:
+    from dgx_kvm_sw.cli.imageoptions import add_image_options
+
+    add_image_options(parser, add_everywhere)
+
+
 def _one_name(parser: Parser) -> None:
     parser.add_argument("name", metavar="NAME", type=_vm_name, help="the VM")
 
@@ -417,6 +391,20 @@ VERBS = (
         "Needs neither vms.yaml nor libvirt.",
         ("dgx-kvm topology", "dgx-kvm --simulate dgx-h100 topology"),
         _nothing,
+        reads=True,
+    ),
+    Verb(
+        "image",
+        "image",
+        "list, verify, import and remove guest images",
+        "Most images come as packages, dgx-kvm-image-NAME. An upgrade of such a package is for\n"
+        "new VMs: disks that are there stay what they were made from.",
+        (
+            "dgx-kvm image list",
+            "dgx-kvm image verify debian-12",
+            "dgx-kvm image import noble.img --name ubuntu-24.04 --sha256 0f1e...",
+        ),
+        _image,
         reads=True,
     ),
     Verb(

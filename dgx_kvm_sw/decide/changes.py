@@ -137,7 +137,7 @@ def _cells(facts: DomainFacts) -> str:
 def _disks(facts: DomainFacts) -> str:
     return _list(
         f"{disk.target} {disk.path} ({disk.format}, serial {disk.serial or 'none'},"
-        f" IO thread {disk.iothread or 'none'})"
+        f" IO thread {disk.iothread or 'none'}{f', over {disk.backing}' if disk.backing else ''})"
         for disk in facts.disks
     )
 

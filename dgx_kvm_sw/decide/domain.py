@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dgx_kvm_sw.decide.guest_pci import guest_tree, mmio64_mib
 from dgx_kvm_sw.model.domain import (
@@ -81,6 +81,29 @@ def desired_volumes(vm: VmSpec, around: Surroundings) -> tuple[Volume, ...]:
         image = around.images[vm.image] if disk == "os" and vm.image else ("", "")
         volumes.append(Volume(name, f"{around.pool_path}/{name}", size, "qcow2", *image))
     return tuple(volumes)
+
+
+def as_made(volumes: tuple[Volume, ...], held: tuple[Volume, ...]) -> tuple[Volume, ...]:
+    """Let a disk that is there lie over what it was made from: a newer image is for new disks."""
+    made = {volume.path: volume for volume in held}
+    return tuple(
+        replace(volume, backing=there.backing, backing_format=there.backing_format)
+        if (there := made.get(volume.path))
+        else volume
+        for volume in volumes
+    )
+
+
+def over_backings(facts: DomainFacts, volumes: tuple[Volume, ...]) -> DomainFacts:
+    """Say of each disk what it lies over, so that libvirt need not find out, and leaves that
+    file's owner alone.
+    """
+    backings = {volume.path: (volume.backing, volume.backing_format) for volume in volumes}
+    disks = []
+    for disk in facts.disks:
+        backing, form = backings.get(disk.path, ("", ""))
+        disks.append(replace(disk, backing=backing, backing_format=form if backing else ""))
+    return replace(facts, disks=tuple(disks))
 
 
 def volume_prefix(vm: str) -> str:

@@ -242,6 +242,7 @@ def _disks(domain: Element) -> tuple[DomainDisk, ...]:
         driver, source, target = (element.find(tag) for tag in ("driver", "source", "target"))
         attributes = driver.attrib if driver is not None else {}
         iothread = attributes.get("iothread")
+        backing = element.find("backingStore/source")
         result.append(
             DomainDisk(
                 target=target.get("dev", "") if target is not None else "",
@@ -250,9 +251,17 @@ def _disks(domain: Element) -> tuple[DomainDisk, ...]:
                 serial=_text(element, "serial"),
                 queues=int(attributes.get("queues", "1")),
                 iothread=int(iothread) if iothread else None,
+                backing=backing.get("file", "") if backing is not None else "",
+                backing_format=_backing_format(element),
             )
         )
     return tuple(result)
+
+
+def _backing_format(disk: Element) -> str:
+    """libvirt adds what it finds below the backing file, and an empty end of the chain."""
+    backing = disk.find("backingStore/format")
+    return backing.get("type", "") if backing is not None else ""
 
 
 def _interfaces(domain: Element) -> tuple[Interface, ...]:

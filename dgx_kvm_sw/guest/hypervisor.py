@@ -146,13 +146,18 @@ class Hypervisor:
 
     # -- volumes ----------------------------------------------------------------------------
 
-    def volumes(self) -> tuple[Volume, ...]:
-        """Return the volumes of our pool, by name; none where there is no such pool."""
+    def volumes(self, *, fresh: bool = False) -> tuple[Volume, ...]:
+        """Return the volumes of our pool, by name; none where there is no such pool.
+
+        With `fresh` libvirt looks at the folder first: it does not see what others put there.
+        """
         pool = self._pool()
         if pool is None or not pool.isActive():
             return ()
         found = []
         with _explained(f"list the volumes of the pool {POOL}"):
+            if fresh:
+                _refresh(pool)
             for volume in pool.listAllVolumes():
                 # libvirt lists one whose file it is still making, or that somebody has removed.
                 with _ignored(libvirt.VIR_ERR_NO_STORAGE_VOL):

@@ -48,6 +48,8 @@ class DomainDisk:
     serial: str  # the guest finds it as /dev/disk/by-id/virtio-SERIAL
     queues: int
     iothread: int | None
+    backing: str = ""  # the file it lies over, which tenants share
+    backing_format: str = ""
 
 
 @dataclass(frozen=True)

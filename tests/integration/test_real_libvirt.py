@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from catalogues import describe
 
 from dgx_kvm_sw.execute import JOURNAL, PREPARED, execute
+from dgx_kvm_sw.guest import images
 from dgx_kvm_sw.model.actions import MarkRestartNeeded
 from dgx_kvm_sw.model.errors import HypervisorError
 from dgx_kvm_sw.reconcile import POOL_PATH, gather
@@ -37,13 +39,12 @@ RANDOMNESS = "<rng model='virtio'><backend model='random'>/dev/urandom</backend>
 
 @pytest.fixture(autouse=True)
 def _image(claimed: ClaimedHost) -> None:
-    path = "/var/lib/dgx-kvm/base/tiny.qcow2"
-    root = claimed.site.root
+    root, path = claimed.site.root, "/usr/share/dgx-kvm/images/tiny.qcow2"
     if not root.exists(path):
-        root.path(path).parent.mkdir()
-        claimed.libvirtd.inside("qemu-img", "create", "-q", "-f", "qcow2", path, "256M")
-    manifest = {"name": "tiny", "path": path, "format": "qcow2"}
-    root.write("/usr/share/dgx-kvm/images.d/tiny.json", json.dumps(manifest))
+        root.path(path).parent.mkdir(parents=True)
+        words = ("qemu-img", "create", "-q", "-f", "qcow2", root.path(path), "256M")
+        subprocess.run(words, check=True)
+    describe(root, "tiny", path, virtual_size_bytes=256 << 20)
 
 
 def qemu(claimed: ClaimedHost, name: str) -> Qemu:
@@ -99,7 +100,7 @@ def test_files_of_a_running_vm(claimed: ClaimedHost) -> None:
         "qemu-img", "info", "--force-share", "--output=json", f"{POOL_PATH}/vm-1.os.qcow2"
     )
     disk = json.loads(described)
-    assert disk["backing-filename"] == "/var/lib/dgx-kvm/base/tiny.qcow2"
+    assert disk["backing-filename"] == images.catalogue(root).images["tiny"].base
     assert disk["virtual-size"] == 1 << 30
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from catalogues import describe
 
 from dgx_kvm_sw.decide.reboots import MOST_REBOOTS
 from dgx_kvm_sw.execute import JOURNAL, PREPARED, locked_site
@@ -93,11 +94,12 @@ class Guests:
 
 @pytest.fixture
 def guests(claimed: ClaimedHost) -> Iterator[Guests]:
-    root, path = claimed.site.root, "/var/lib/dgx-kvm/base/keys.img"
-    root.path(path).parent.mkdir(exist_ok=True)
-    root.path(path).write_bytes(boot_disk())
-    manifest = {"name": "keys", "path": path, "format": "raw"}
-    root.write("/usr/share/dgx-kvm/images.d/keys.json", json.dumps(manifest))
+    root, path = claimed.site.root, "/usr/share/dgx-kvm/images/keys.img"
+    root.path(path).parent.mkdir(parents=True, exist_ok=True)
+    root.path(path).unlink(missing_ok=True)  # the base is a link to it
+    disk = boot_disk()
+    root.path(path).write_bytes(disk)
+    describe(root, "keys", path, format="raw", virtual_size_bytes=len(disk))
     claimed.reach()
     for log in root.path("/var/log/libvirt/qemu").glob("*.console.log"):
         log.unlink()

@@ -85,10 +85,26 @@ def installed_disk(release: str, deb: Path) -> Path:
 def add_guest_image(machine: Machine, guest: Path) -> None:
     """Put the image of VMs into the catalogue, as an image package would."""
     machine.put(guest, GUEST_IMAGE)
-    manifest = json.dumps({"name": "lab-guest", "path": GUEST_IMAGE, "format": "qcow2"})
+    manifest = json.dumps(_manifest(guest))
     machine.check(
         f"mkdir -p {CATALOGUE} && echo {shlex.quote(manifest)} >{CATALOGUE}/lab-guest.json"
     )
+
+
+def _manifest(guest: Path) -> dict[str, object]:
+    content = guest.read_bytes()
+    return {
+        "manifest": 1,
+        "name": "lab-guest",
+        "version": "1",
+        "path": GUEST_IMAGE,
+        "format": "qcow2",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size_bytes": len(content),
+        "virtual_size_bytes": int.from_bytes(content[24:32], "big"),  # of qcow2's header
+        "cloud_init": False,
+        "guest_agent": False,
+    }
 
 
 def _install(kit: Tools, directory: Path, release: str, dependencies: bool) -> None:

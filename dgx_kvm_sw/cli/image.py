@@ -1,0 +1,334 @@
+"""The verb image: the catalogue of guest images, looked at, verified, added to, taken from."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dgx_kvm_sw.access.files import explained
+from dgx_kvm_sw.cli.bar import bar
+from dgx_kvm_sw.cli.imageoptions import READING
+from dgx_kvm_sw.cli.output import complain, counted, listed, say, say_json, size, view_of
+from dgx_kvm_sw.cli.session import site_of
+from dgx_kvm_sw.guest import announcing, bases, checksums, images
+from dgx_kvm_sw.guest.images import Catalogue, Fault, Image
+from dgx_kvm_sw.model.base import to_json
+from dgx_kvm_sw.model.errors import BadFileError, DgxKvmError, ExitCode, UsageError
+from dgx_kvm_sw.reconcile import Site, read_current
+
+_HEAD = ("NAME", "VERSION", "SIZE", "DRIVER", "FROM", "STATE")
+
+
+def image(args: Namespace) -> int:
+    """Do one of the actions; each has a function of its own."""
+    if args.json and args.action not in READING:
+        raise UsageError(f"`image {args.action}` has no --json; image list and image show have")
+    actions: dict[str, Callable[[Site, Namespace], int]] = {
+        "list": _list,
+        "show": _show,
+        "verify": _verify,
+        "import": _import,
+        "remove": _remove,
+        "rescan": _rescan,
+    }
+    return actions[args.action](site_of(args), args)
+
+
+# -- looking ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Row:
+    """An image as it is shown; one whose manifest is bad has nothing but a name and a fault."""
+
+    name: str
+    image: Image | None
+    fault: Fault | None
+    state: str
+    vms: tuple[str, ...]  # whose disks lie on it
+    verified: bool  # somebody has read the file as it is now, and it was as it has to be
+
+    def json(self) -> dict[str, Any]:
+        known = to_json(self.image) if self.image else {"name": self.name}
+        return {
+            **known,
+            "imported": bool(self.image and self.image.imported),
+            "state": self.state,
+            "problem": self.fault.reason if self.fault else "",
+            "remedy": self.fault.remedy if self.fault else "",
+            "verified": self.verified,
+            "vms": list(self.vms),
+        }
+
+
+def _rows(site: Site, found: Catalogue) -> list[_Row]:
+    users, memory = _users(site), checksums.remembered(site.root)
+    rows = []
+    for name in sorted(found.names):
+        each, fault = found.images.get(name), found.faults.get(name)
+        verified = bool(each) and not fault and _is_verified(site, each, memory)
+        vms = tuple(sorted(users.get(each.base, ()))) if each else ()
+        state = fault.state if fault else "ok" if verified else "ok, not verified yet"
+        rows.append(_Row(name, each, fault, state, vms, verified))
+    for each in found.older:
+        state = f"not used: there is {found.images[each.name].version}"
+        vms = tuple(sorted(users.get(each.base, ())))
+        rows.append(_Row(each.name, each, None, state, vms, False))
+    return rows
+
+
+def _is_verified(site: Site, each: Image | None, memory: checksums.Remembered) -> bool:
+    return each is not None and each.sha256 == checksums.known(
+        memory, each.path, site.root.path(each.path).stat()
+    )
+
+
+def _users(site: Site) -> Mapping[str, set[str]]:
+    """Which VMs lie on which base; where libvirt does not answer, that is said and not known."""
+    try:
+        with site.hypervisor(read_only=True) as hypervisor:
+            return bases.users(read_current(hypervisor))
+    except DgxKvmError as error:
+        complain(f"which VMs use an image is not known: {error.message}")
+        return {}
+
+
+def _list(site: Site, args: Namespace) -> ExitCode:
+    found = images.catalogue(site.root)
+    rows = _rows(site, found)
+    if args.json:
+        say_json({"images": [row.json() for row in rows], "problems": list(found.problems)})
+    elif not rows:
+        say("No guest images: `apt search dgx-kvm-image` or `dgx-kvm image import`")
+    elif not args.quiet:
+        say("\n".join((*_table(rows), *_faults(rows))))
+    return ExitCode.OK
+
+
+def _table(rows: list[_Row]) -> Iterator[str]:
+    cells = [_HEAD, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD))]
+    for line in cells:
+        yield "  ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)).rstrip()
+
+
+def _cells(row: _Row) -> tuple[str, ...]:
+    used = f", in use by {counted(len(row.vms), 'VM')}" if row.vms else ""
+    each = row.image
+    if each is None:
+        return (row.name, "", "", "", "", row.state)
+    origin = "import" if each.imported else "package"
+    driver = each.driver or "-"
+    return (row.name, each.version, size(each.size_bytes), driver, origin, f"{row.state}{used}")
+
+
+def _faults(rows: list[_Row]) -> Iterator[str]:
+    arrow = "→" if view_of(sys.stdout).unicode else "->"
+    for row in rows:
+        if row.fault:
+            yield f"\n{row.name} is not used: {row.fault.reason}\n  {arrow} {row.fault.remedy}"
+
+
+def _show(site: Site, args: Namespace) -> ExitCode:
+    found = images.catalogue(site.root)
+    _check_known(found, args.name)
+    rows = [row for row in _rows(site, found) if row.name == args.name]
+    if args.json:
+        say_json({"images": [row.json() for row in rows]})
+        return ExitCode.OK
+    say("\n\n".join("\n".join(_description(row)) for row in rows), quiet=args.quiet)
+    return ExitCode.OK
+
+
+def _description(row: _Row) -> Iterator[str]:
+    each = row.image
+    facts: dict[str, str] = {"name": row.name}
+    if each:
+        facts |= {
+            "version": each.version,
+            "title": each.title,
+            "system": " ".join(filter(None, (each.os, each.release, each.variant))),
+            "kernel": each.kernel,
+            "driver": each.driver,
+            "firmware": ", ".join(each.firmware),
+            "cloud-init": "yes" if each.cloud_init else "no",
+            "guest agent": "yes" if each.guest_agent else "no",
+            "disk": f"{size(each.virtual_size_bytes)}, {each.format}",
+            "file": f"{each.path} ({size(each.size_bytes)})",
+            "sha256": each.sha256,
+            "from": "an import" if each.imported else f"package {each.package}".rstrip(),
+        }
+    facts |= {"state": row.state, "VMs": listed(row.vms) or "none"}
+    if row.fault:
+        facts |= {"problem": row.fault.reason, "what to do": row.fault.remedy}
+    for key, value in facts.items():
+        if value:
+            yield f"{key + ':':<13}{value}"
+
+
+def _check_known(found: Catalogue, name: str) -> None:
+    if name not in found.names:
+        close = difflib.get_close_matches(name, found.names, 1)
+        hint = f"did you mean {close[0]}?" if close else "`dgx-kvm image list` lists the images"
+        raise UsageError(f"there is no image {name!r}", hint)
+
+
+# -- verifying ----------------------------------------------------------------------------------
+
+
+def _verify(site: Site, args: Namespace) -> ExitCode:
+    found = images.catalogue(site.root)
+    for name in args.names:
+        _check_known(found, name)
+    names = list(dict.fromkeys(args.names)) or sorted(found.names)
+    bad = False
+    for name in names:
+        fault = found.faults.get(name)
+        # One that was damaged when it was last read is read again.
+        if name in found.images and (not fault or fault.state == "hash mismatch"):
+            fault = _read(site, found.images[name], quiet=args.quiet)
+        say(f"{name}: {fault.state if fault else 'ok'}", quiet=args.quiet and not fault)
+        if fault:
+            bad = True
+            complain(fault.reason, fault.remedy)
+    if not names:
+        say("There are no images.", quiet=args.quiet)
+    return ExitCode.FAILED if bad else ExitCode.OK
+
+
+def _read(site: Site, each: Image, *, quiet: bool) -> Fault | None:
+    """Read the file of an image, and its base where that is another file."""
+    paths = [each.path]
+    base, source = site.root.path(each.base), site.root.path(each.path)
+    try:
+        if base.exists() and not base.samefile(source):
+            paths.append(each.base)
+        for path in paths:
+            before = site.root.path(path).stat()
+            with bar(each.name, quiet=quiet) as progress:
+                checksum = checksums.sha256_of(site.root.path(path), progress)
+            checksums.remember(site.root, path, before, checksum)
+            if fault := images.mismatch(site.root, replace(each, path=path), checksum):
+                return fault
+    except OSError as error:
+        raise explained(error, "read", source) from error
+    return None
+
+
+# -- adding and removing ------------------------------------------------------------------------
+
+
+def _import(site: Site, args: Namespace) -> ExitCode:
+    from dgx_kvm_sw.guest.importing import Wanted, default_version, import_image
+
+    wanted = Wanted(
+        file=Path(args.image_file).absolute(),
+        name=args.name,
+        sha256=args.sha256.lower(),
+        version=args.version or default_version(),
+        title=args.title or "",
+        os=args.os or "",
+        release=args.release or "",
+        driver=args.driver or "",
+        signature=Path(args.signature) if args.signature else None,
+        keyring=Path(args.keyring) if args.keyring else None,
+    )
+    with bar(args.name, quiet=args.quiet) as progress:
+        made = import_image(site.root, wanted, progress)
+    _journal(site, {"event": "image imported", "image": made.label, "sha256": made.sha256})
+    where = site.root.path(made.path)
+    say(f"Imported {made.label}, {size(made.size_bytes)}, as {where}.", quiet=args.quiet)
+    return _announce(site)
+
+
+def _remove(site: Site, args: Namespace) -> ExitCode:
+    from dgx_kvm_sw.execute import locked_site
+    from dgx_kvm_sw.guest.importing import remove_import
+
+    with locked_site(site, f"image remove {args.name}", args.wait):
+        found = images.catalogue(site.root)
+        _check_removable(site, found, args.name)
+        removed = remove_import(site.root, args.name)
+    _journal(site, {"event": "image removed", "image": args.name})
+    freed = sum(each.size_bytes for each in removed)
+    say(f"Removed {args.name}, {size(freed)}.", quiet=args.quiet)
+    return _announce(site)
+
+
+def _check_removable(site: Site, found: Catalogue, name: str) -> None:
+    """Raise unless this is an import that no disk and no declaration needs."""
+    _check_known(found, name)
+    imports = [each for each in found.everything if each.imported and each.name == name]
+    if not imports and not site.root.exists(f"{images.IMPORTED}/{name}.json"):
+        package = found.images[name].package if name in found.images else ""
+        raise UsageError(
+            f"image {name} was not imported, so its package removes it",
+            f"apt remove {package or f'dgx-kvm-image-{name}'}",
+        )
+    ours = {each.path for each in imports}
+    with site.hypervisor() as hypervisor:
+        users = bases.users(read_current(hypervisor), hypervisor.volumes(fresh=True))
+    vms = set[str]().union(
+        *(who for path, who in users.items() if path in ours or not ours and _is_of(path, name))
+    )
+    if vms:
+        raise UsageError(
+            f"image {name} is needed: disks of {listed(sorted(vms))} lie on it",
+            "delete these VMs with their disks first",
+        )
+    _check_undeclared(site, found, name)
+
+
+def _is_of(path: str, name: str) -> bool:
+    return images.base_owner(path) == name
+
+
+def _check_undeclared(site: Site, found: Catalogue, name: str) -> None:
+    """Raise when vms.yaml would be wrong without the image."""
+    rest = [e for e in found.everything if e.name == name and not e.imported]
+    if rest:
+        return
+    vms = [vm.name for vm in site.load_spec(found).vms if vm.image == name]
+    without = {key: each for key, each in found.images.items() if key != name}
+    faults = {key: fault for key, fault in found.faults.items() if key != name}
+    try:
+        site.load_spec(Catalogue(without, (), faults))
+    except BadFileError:
+        who = f" for {listed(vms)}" if vms else ""
+        raise UsageError(
+            f"image {name} is needed: {site.spec_file} names it{who}",
+            "name another image there first",
+        ) from None
+
+
+def _rescan(site: Site, args: Namespace) -> ExitCode:
+    """Say what is wrong, but never fail: dpkg calls this, for any package with an image."""
+    found = images.catalogue(site.root)
+    for problem in found.problems:
+        complain(problem)
+    for name in sorted(found.images.keys() & found.faults.keys()):
+        complain(found.faults[name].reason, found.faults[name].remedy)
+    return _announce(site)
+
+
+def _announce(site: Site) -> ExitCode:
+    """Run the hooks; one that fails is complained about and changes nothing else."""
+    announcing.announce(
+        site.root,
+        functools.partial(_journal, site),
+        lambda error: complain(error.message, error.hint),
+    )
+    return ExitCode.OK
+
+
+def _journal(site: Site, entry: Mapping[str, object]) -> None:
+    from dgx_kvm_sw.execute import write_journal
+
+    write_journal(site, {**entry, "user": os.environ.get("SUDO_USER", "")}, sync=False)
