@@ -19,9 +19,12 @@ from dgx_kvm_sw.model.actions import (
     Action,
     CreateVolume,
     DefineDomain,
+    EnsureNetwork,
+    GrowVolume,
     MarkRestartNeeded,
     PreparePartition,
     ReleasePartition,
+    RemoveNetwork,
     ShutDownDomain,
     StartDomain,
     UndefineDomain,
@@ -192,6 +195,10 @@ class _Run:
             case CreateVolume():
                 self.hypervisor.ensure_pool(POOL_PATH)
                 self.hypervisor.create_volume(action.volume)
+            case GrowVolume():
+                self.hypervisor.grow_volume(action.volume)
+            case EnsureNetwork():
+                self.hypervisor.ensure_network(action.network)
             case DefineDomain():
                 self._define(action)
             case PreparePartition():
@@ -200,6 +207,8 @@ class _Run:
                 self._start(action)
             case MarkRestartNeeded():
                 pass  # a statement for the reader; status finds it by comparing
+            case RemoveNetwork():
+                self.hypervisor.remove_network(action.network.name)
 
     def _shut_down(self, action: ShutDownDomain) -> None:
         leave_off(self.site, action.uuid)  # first: a guest may answer by a reboot

@@ -5,12 +5,18 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from dgx_kvm_sw.access.files import Root
+from dgx_kvm_sw.decide import networks, storage
 from dgx_kvm_sw.decide.changes import same
-from dgx_kvm_sw.decide.domain import Surroundings, desired_domain, desired_volumes
+from dgx_kvm_sw.decide.domain import (
+    LOGICAL_VOLUME,
+    Surroundings,
+    desired_domain,
+    desired_volumes,
+)
 from dgx_kvm_sw.decide.fit import Inputs
 from dgx_kvm_sw.decide.holdings import holdings_of
 from dgx_kvm_sw.decide.placement import place
@@ -28,16 +34,25 @@ from dgx_kvm_sw.guest import domainxml, images
 from dgx_kvm_sw.guest import spec as spec_file
 from dgx_kvm_sw.guest.templates import Templates
 from dgx_kvm_sw.host import health as host_health
-from dgx_kvm_sw.host import platforms
+from dgx_kvm_sw.host import networking, platforms
+from dgx_kvm_sw.host.diskio import disk_io
 from dgx_kvm_sw.model.actions import Action, Plan
 from dgx_kvm_sw.model.base import digest
-from dgx_kvm_sw.model.domain import CurrentState, DomainDef, DomainFacts, DomainStatus
+from dgx_kvm_sw.model.domain import (
+    CurrentState,
+    DomainDef,
+    DomainFacts,
+    DomainStatus,
+    HostNetwork,
+    Volume,
+    VolumeGroup,
+)
 from dgx_kvm_sw.model.errors import HostError, UsageError
 from dgx_kvm_sw.model.health import HealthReport
 from dgx_kvm_sw.model.pci import CpuSet, PciAddress
 from dgx_kvm_sw.model.placement import Placement, Placements, Unplaceable
 from dgx_kvm_sw.model.platform import Partition, Platform
-from dgx_kvm_sw.model.spec import HostSpec, VmSpec
+from dgx_kvm_sw.model.spec import NO_SPEC, HostSpec, VmSpec
 from dgx_kvm_sw.model.topology import Topology
 
 TYPE_CHECKING = False
@@ -109,6 +124,7 @@ class Situation:
     definitions: dict[str, DomainDef]  # by VM: those to be defined anew
     notes: tuple[str, ...]
     site: Site
+    networks: tuple[str, ...] = ()  # of ours that the file needs
 
     @property
     def spec(self) -> HostSpec:
@@ -129,12 +145,13 @@ class Situation:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A digest of every input: file, templates, devices, health, and what libvirt holds."""
-        wanted = [want.facts for want in self.desired]
+        wanted = [(want.facts, want.networks) for want in self.desired]
         devices = self.topology.devices()
         return digest(self.spec.digest, wanted, devices, self.health, self.current)
 
     def plan(self, intent: Intent) -> Plan:
-        plan = diff(self.desired, self.placements.unplaceable, self.current, self.topology, intent)
+        refused = self.placements.unplaceable
+        plan = diff(self.desired, refused, self.current, self.topology, intent, self.networks)
         return replace(plan, notes=self.notes)
 
     def domain(self, name: str) -> DomainStatus:
@@ -182,7 +199,7 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     spec = site.load_spec(catalogue)
     platform, topology = platforms.survey(site.root)
     health = host_health.assess(topology, site.root, platform.fabric_model)
-    current = read_current(hypervisor)
+    current = read_current(hypervisor, spec)
     foreign = {domain.name for domain in current.domains if not domain.managed}
     ours = replace(spec, vms=tuple(vm for vm in spec.vms if vm.name not in foreign))
     holdings = holdings_of(current, topology, spec, intent)
@@ -194,26 +211,54 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     around = Surroundings(
         machine_id=site.machine_id(),
         pool_path=POOL_PATH,
+        disk_io="io_uring" if site.simulated else disk_io(site.root),
+        volumes=current.volumes,
         images={i.name: (i.path, i.format) for i in catalogue.images.values()},
         template_digests={
             name: templates.digest(name) for name in sorted({vm.template for vm in ours.vms})
         },
     )
     features = domainxml.LibvirtFeatures.of(hypervisor.version)
+    host = networks.HostNetworking(
+        networking.routes(site.root), networking.filtering_bridges(site.root), hypervisor.version
+    )
+    needed = networks.needed(ours.vms, current.networks, host.routes)
     desired, definitions = [], {}
     for vm in ours.vms:
         if placement := placements.of(vm.name):
-            want = _desired(vm, placement, inputs, current, around)
+            want = _desired(vm, placement, inputs, current, around, needed)
             want, definition = _rendered(templates, want, current, features)
             desired.append(want)
             if definition:
                 definitions[vm.name] = definition
-    notes = (*catalogue.problems, *_disk_notes(desired, current))
-    refused = tuple(_template_conflicts(desired, placements, inputs))
-    placements = replace(placements, unplaceable=(*placements.unplaceable, *refused))
+    refused = [*_template_conflicts(desired, placements, inputs)]
+    refused += networks.refusals(ours.vms, needed, host)
     names = {each.vm for each in refused}
+    desired = [want for want in desired if want.facts.name not in names]
+    short, note = _room(site, hypervisor, desired, current)
+    names = {each.vm for each in short}
     kept = tuple(want for want in desired if want.facts.name not in names)
-    return Situation(inputs, current, placements, kept, definitions, notes, site)
+    unplaceable = (*placements.unplaceable, *refused, *short)
+    placements = replace(placements, unplaceable=unplaceable)
+    notes = (*catalogue.problems, *_disk_notes(desired, ours, current), *filter(None, (note,)))
+    used = tuple(needed)
+    return Situation(inputs, current, placements, kept, definitions, notes, site, used)
+
+
+def _room(
+    site: Site, hypervisor: Hypervisor, desired: list[Desired], current: CurrentState
+) -> tuple[tuple[Unplaceable, ...], str]:
+    """Refuse VMs whose new disks do not fit; and say when disks promise more than there is."""
+    wanted = {want.facts.name: want.volumes for want in desired}
+    news = {vm: storage.new_volumes(volumes, current) for vm, volumes in wanted.items()}
+    if not any(news.values()) and not any(
+        storage.growths(volumes, current) for volumes in wanted.values()
+    ):
+        return (), ""
+    space = hypervisor.space(str(site.root.path(POOL_PATH)))
+    copies = {v.path: hypervisor.copy_mib(v) for new in news.values() for v in new if v.source}
+    refused = tuple(storage.refusals(wanted, current, space, copies))
+    return refused, storage.overcommitment(wanted, current, space)
 
 
 def _template_conflicts(
@@ -239,14 +284,22 @@ def _template_conflicts(
             claimed[device] = name
 
 
-def read_current(hypervisor: Hypervisor) -> CurrentState:
-    """Read all that libvirt holds."""
+def read_current(hypervisor: Hypervisor, spec: HostSpec = NO_SPEC) -> CurrentState:
+    """Read all that libvirt holds, and LVM, where a VM has a disk of it or is to have one."""
     domains = []
     for found in hypervisor.domains():
         live = domainxml.parse(found.live) if found.live else None
         facts = domainxml.parse(found.inactive)
         domains.append(DomainStatus(facts, found.live is not None, live, found.persistent))
-    return CurrentState(tuple(domains), hypervisor.volumes())
+    volumes = hypervisor.volumes()
+    groups: tuple[VolumeGroup, ...] = ()
+    paths = (disk.path for domain in domains for disk in domain.facts.disks)
+    if any(disk.volume_group for vm in spec.vms for disk in vm.disks) or any(
+        path.startswith("/dev/") and f"/{LOGICAL_VOLUME}" in path for path in paths
+    ):
+        groups, logical = hypervisor.logical_volumes()
+        volumes += logical
+    return CurrentState(tuple(domains), volumes, hypervisor.networks(), groups)
 
 
 def _placed(inputs: Inputs, current: CurrentState, intent: Intent) -> Placements:
@@ -299,6 +352,7 @@ def _desired(
     inputs: Inputs,
     current: CurrentState,
     around: Surroundings,
+    needed: Mapping[str, HostNetwork],
 ) -> Desired:
     facts = desired_domain(vm, placement, inputs.topology, around)
     held = current.domain(vm.name)
@@ -310,6 +364,7 @@ def _desired(
         partition=placement.partition,
         state=vm.state,
         summary=summary(placement, inputs.topology),
+        networks=tuple(needed[n] for n in sorted(facts.networks) if n in needed),
     )
 
 
@@ -346,22 +401,41 @@ def summary(placement: Placement, topology: Topology) -> str:
     return f"{', '.join(parts)} on NUMA node{'s' if len(nodes) > 1 else ''} {nodes}"
 
 
-def _disk_notes(desired: list[Desired], current: CurrentState) -> list[str]:
+def _disk_notes(desired: list[Desired], spec: HostSpec, current: CurrentState) -> list[str]:
     """Disks are made once: say where the file now asks for others, and change nothing."""
     held = {volume.path: volume for volume in current.volumes}
-    notes = []
+    vms = {vm.name: vm for vm in spec.vms}
+    notes: list[str] = []
     for want in desired:
+        notes += _form_notes(want, vms[want.facts.name])
         for volume in want.volumes:
             have = held.get(volume.path)
-            if have and have.capacity_mib != volume.capacity_mib:
-                notes.append(
-                    f"{want.facts.name}: disk {volume.name} has {have.capacity_mib / 1024:g} GiB,"
-                    f" the file says {volume.capacity_mib / 1024:g}; disks are not resized"
-                )
+            if have:
+                notes += _size_notes(want.facts.name, have, volume)
             if have and have.backing != volume.backing:
                 notes.append(
-                    f"{want.facts.name}: disk {volume.name} was made from"
-                    f" {have.backing or 'nothing'}, the file says {volume.backing or 'nothing'};"
-                    " delete the VM with its disks to make it anew"
+                    f"{want.facts.name}: disk {volume.name} {_overlays(have)}, the file says that"
+                    f" it {_overlays(volume)}; delete the VM with its disks to make it anew"
                 )
     return notes
+
+
+def _overlays(volume: Volume) -> str:
+    return f"overlays {volume.backing}" if volume.backing else "overlays nothing"
+
+
+def _form_notes(want: Desired, vm: VmSpec) -> Iterator[str]:
+    forms = [(vm.resources.os_disk.format, "")]
+    forms += [(disk.format, disk.volume_group) for disk in vm.disks]
+    for volume, (kind, group) in zip(want.volumes, forms, strict=True):
+        if (volume.format, volume.group) != (kind, group):
+            asked = f"in volume group {group}" if group else f"{kind} on the pool"
+            yield f"{vm.name}: disk {volume.path} stays where it is; the file says {asked}"
+
+
+def _size_notes(vm: str, have: Volume, want: Volume) -> Iterator[str]:
+    sizes = f"{have.capacity_mib / 1024:g} GiB, the file says {want.capacity_mib / 1024:g}"
+    if have.capacity_mib > want.capacity_mib:
+        yield f"{vm}: disk {have.name} has {sizes}; disks are not made smaller"
+    elif have.group and -(-want.capacity_mib // 4) > -(-have.capacity_mib // 4):
+        yield f"{vm}: disk {have.name} has {sizes}; logical volumes are not resized"

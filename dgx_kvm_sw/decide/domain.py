@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dgx_kvm_sw.decide.guest_pci import guest_tree, mmio64_mib
+from dgx_kvm_sw.decide.networks import on_host
 from dgx_kvm_sw.model.domain import (
     Cell,
     DomainDisk,
@@ -17,7 +18,7 @@ from dgx_kvm_sw.model.domain import (
 )
 from dgx_kvm_sw.model.pci import CpuSet, PciDevice
 from dgx_kvm_sw.model.placement import GuestCell, Placement
-from dgx_kvm_sw.model.spec import VmSpec
+from dgx_kvm_sw.model.spec import DiskFormat, VmSpec
 from dgx_kvm_sw.model.topology import Topology
 
 
@@ -29,6 +30,11 @@ class Surroundings:
     pool_path: str
     images: dict[str, tuple[str, str]]  # image name -> path and format of its file
     template_digests: dict[str, str]  # template name -> digest
+    disk_io: str = "native"  # how QEMU is to read and write disks here
+    volumes: tuple[Volume, ...] = ()  # that there are
+
+
+LOGICAL_VOLUME = "dgx-kvm."  # what the names of all of ours start with
 
 
 def domain_uuid(machine_id: str, name: str) -> str:
@@ -63,9 +69,9 @@ def desired_domain(
         mmio64_mib=mmio64_mib(devices),
         controllers=controllers,
         hostdevs=hostdevs,
-        disks=_disks(vm, around.pool_path, queues),
+        disks=_disks(vm, around, queues),
         interfaces=tuple(
-            Interface(_mac(identity, number), network, queues)
+            Interface(_mac(identity, number), on_host(network, vm.tenant), queues)
             for number, network in enumerate(vm.networks)
         ),
         on_reboot="destroy",
@@ -73,45 +79,73 @@ def desired_domain(
 
 
 def desired_volumes(vm: VmSpec, around: Surroundings) -> tuple[Volume, ...]:
-    """Return the VM's disks on the pool: the OS disk, over its image, and the data disks."""
-    sizes = {"os": vm.resources.os_disk_mib, **{disk.name: disk.size_mib for disk in vm.disks}}
-    volumes = []
-    for disk, size in sizes.items():
-        name = _volume_name(vm.name, disk)
-        image = around.images[vm.image] if disk == "os" and vm.image else ("", "")
-        volumes.append(Volume(name, f"{around.pool_path}/{name}", size, "qcow2", *image))
-    return tuple(volumes)
+    """Return the VM's disks: the OS disk, from its image, and the data disks.
+
+    A disk that is there stays what it is, whatever kind of disk the file asks for now.
+    """
+    os_disk = vm.resources.os_disk
+    image = around.images[vm.image] if vm.image else ("", "")
+    origin = ("", "", *image) if os_disk.copy else image
+    wanted = [_file(vm, "os", os_disk.size_mib, os_disk.format, around, *origin)]
+    for disk in vm.disks:
+        if disk.volume_group:
+            name = f"{LOGICAL_VOLUME}{vm.name}.{disk.name}"
+            path = f"/dev/{disk.volume_group}/{name}"
+            wanted.append(Volume(name, path, disk.size_mib, "raw", group=disk.volume_group))
+        else:
+            wanted.append(_file(vm, disk.name, disk.size_mib, disk.format, around))
+    names = ["os", *(disk.name for disk in vm.disks)]
+    return tuple(
+        _as_made(volume, vm.name, name, around) for volume, name in zip(wanted, names, strict=True)
+    )
 
 
-def volume_prefix(vm: str) -> str:
-    """What every disk of this VM on the pool starts with; VM names hold no dot."""
-    return f"{vm}."
+def _file(
+    vm: VmSpec, disk: str, size: int, kind: DiskFormat, around: Surroundings, *origin: str
+) -> Volume:
+    name = f"{vm.name}.{disk}.{kind}"
+    return Volume(name, f"{around.pool_path}/{name}", size, str(kind), *origin)
+
+
+def _as_made(wanted: Volume, vm: str, disk: str, around: Surroundings) -> Volume:
+    """The disk as it is wanted, or as an earlier file had it made in another form."""
+    names = {f"{vm}.{disk}.{kind}" for kind in DiskFormat} | {f"{LOGICAL_VOLUME}{vm}.{disk}"}
+    have = {volume.path: volume for volume in around.volumes if volume.name in names}
+    if wanted.path in have or not have:
+        return wanted
+    found = next(iter(have.values()))
+    return replace(wanted, name=found.name, path=found.path, format=found.format, group=found.group)
 
 
 def own_disks(domain: DomainStatus, volumes: tuple[Volume, ...]) -> tuple[str, ...]:
-    """Return paths of the domain's own disks: a site's template may attach what others use too."""
+    """Return paths of the domain's own disks: a site's template may attach what others use too.
+
+    VM names hold no dot, so what starts like one of its disks is one.
+    """
     attached = {disk.path for disk in domain.facts.disks}
-    prefix = volume_prefix(domain.name)
-    return tuple(v.path for v in volumes if v.path in attached and v.name.startswith(prefix))
+    prefixes = (f"{domain.name}.", f"{LOGICAL_VOLUME}{domain.name}.")
+    return tuple(v.path for v in volumes if v.path in attached and v.name.startswith(prefixes))
 
 
-def _volume_name(vm: str, disk: str) -> str:
-    return f"{volume_prefix(vm)}{disk}.qcow2"
-
-
-def _disks(vm: VmSpec, pool_path: str, queues: int) -> tuple[DomainDisk, ...]:
+def _disks(vm: VmSpec, around: Surroundings, queues: int) -> tuple[DomainDisk, ...]:
     names = ["os", *(disk.name for disk in vm.disks)]
     threads = vm.resources.iothreads
     return tuple(
         DomainDisk(
             target=f"vd{chr(ord('a') + number)}",
-            path=f"{pool_path}/{_volume_name(vm.name, disk)}",
-            format="qcow2",
+            path=volume.path,
+            block=bool(volume.group),
+            format=volume.format,
+            io=around.disk_io,
+            # A raw file is there to have its space for sure: what a guest trims stays its own.
+            discard="ignore" if volume.format == "raw" and not volume.group else "unmap",
             serial=disk,
             queues=queues,
             iothread=number % threads + 1 if threads else None,
         )
-        for number, disk in enumerate(names)
+        for number, (disk, volume) in enumerate(
+            zip(names, desired_volumes(vm, around), strict=True)
+        )
     )
 
 
