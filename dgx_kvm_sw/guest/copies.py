@@ -30,6 +30,8 @@ def make(volume: Volume) -> None:
 
     The caller holds the lock: every unfinished copy is a leftover of one that was killed.
     """
+    if os.path.lexists(volume.path):
+        return  # an apply that was killed had finished it, or somebody's data are there
     folder = os.path.dirname(volume.path)
     part = f"{volume.path}{UNFINISHED}"
     reserve = ("-o", "preallocation=falloc") if volume.format == "raw" else ()

@@ -203,8 +203,8 @@ def _impossible_vlans(sections: Sequence[tuple[Document, Path]]) -> Iterator[Pro
                 message = "macvtap puts no VLAN tags on what the guest sends"
                 hint = f"make a VLAN interface and name that: `macvtap: {under}.{tag}`"
                 yield document.problem(place, message, hint)
-            elif "vlan" in network and not {"bridge", "vf"} & network.keys():
-                yield document.problem(place, "goes with bridge and vf only", "remove it")
+            elif "vlan" in network and "bridge" not in network:
+                yield document.problem(place, "goes with bridge only", "remove it")
 
 
 def _bad_pins(vms: Sequence[VmEntry]) -> Iterator[Problem]:

@@ -45,7 +45,6 @@ class NetworkKind(StrEnum):
     MACVTAP = "macvtap"  # directly on a network interface of the host
     NAT = "nat"  # a libvirt network of ours for one tenant, with addresses and a way out
     ISOLATED = "isolated"  # a libvirt network of ours for one tenant, and nothing else on it
-    VF = "vf"  # a virtual function of a NIC beside the VM's GPUs
 
 
 class DiskFormat(StrEnum):
@@ -85,10 +84,10 @@ class OsDisk:
 
 @dataclass(frozen=True)
 class Network:
-    """A network interface: virtio, or a virtual function of a NIC."""
+    """A virtio network interface."""
 
     kind: NetworkKind
-    source: str  # the bridge, libvirt network, host interface or VF; of NAT, perhaps a name
+    source: str  # the bridge, libvirt network or host interface; of NAT, perhaps a name
     vlan: int = 0  # its tag; 0 = none
 
 
