@@ -19,9 +19,12 @@ from dgx_kvm_sw.model.actions import (
     Action,
     CreateVolume,
     DefineDomain,
+    EnsureNetwork,
+    GrowVolume,
     MarkRestartNeeded,
     PreparePartition,
     ReleasePartition,
+    RemoveNetwork,
     ShutDownDomain,
     StartDomain,
     UndefineDomain,
@@ -197,6 +200,10 @@ class _Run:
                 self._adopt(action)
                 self.hypervisor.ensure_pool(POOL_PATH)
                 self.hypervisor.create_volume(action.volume)
+            case GrowVolume():
+                self.hypervisor.grow_volume(action.volume)
+            case EnsureNetwork():
+                self.hypervisor.ensure_network(action.network)
             case DefineDomain():
                 self._define(action)
             case PreparePartition():
@@ -205,10 +212,12 @@ class _Run:
                 self._start(action)
             case MarkRestartNeeded():
                 pass  # a statement for the reader; status finds it by comparing
+            case RemoveNetwork():
+                self.hypervisor.remove_network(action.network.name)
 
     def _adopt(self, action: CreateVolume) -> None:
-        """See that the file the disk is to lie over is there, verified."""
-        backing = action.volume.backing
+        """See that the file the disk is to lie over, or to be a copy of, is there, verified."""
+        backing = action.volume.backing or action.volume.source
         if not images.base_owner(backing):
             return
         found = images.catalogue(self.site.root).images.values()

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from dgx_kvm_sw import disks
 from dgx_kvm_sw.access.files import Root
+from dgx_kvm_sw.decide import networks
 from dgx_kvm_sw.decide.changes import same
 from dgx_kvm_sw.decide.domain import (
+    LOGICAL_VOLUME,
     Surroundings,
-    as_made,
     desired_domain,
     desired_volumes,
-    over_backings,
 )
 from dgx_kvm_sw.decide.fit import Inputs
 from dgx_kvm_sw.decide.holdings import holdings_of
@@ -34,16 +35,24 @@ from dgx_kvm_sw.guest import domainxml, images
 from dgx_kvm_sw.guest import spec as spec_file
 from dgx_kvm_sw.guest.templates import Templates
 from dgx_kvm_sw.host import health as host_health
-from dgx_kvm_sw.host import platforms
+from dgx_kvm_sw.host import networking, platforms
+from dgx_kvm_sw.host.diskio import disk_io
 from dgx_kvm_sw.model.actions import Action, Plan
 from dgx_kvm_sw.model.base import digest
-from dgx_kvm_sw.model.domain import CurrentState, DomainDef, DomainFacts, DomainStatus
+from dgx_kvm_sw.model.domain import (
+    CurrentState,
+    DomainDef,
+    DomainFacts,
+    DomainStatus,
+    HostNetwork,
+    VolumeGroup,
+)
 from dgx_kvm_sw.model.errors import HostError, UsageError
 from dgx_kvm_sw.model.health import HealthReport
 from dgx_kvm_sw.model.pci import CpuSet, PciAddress
 from dgx_kvm_sw.model.placement import Placement, Placements, Unplaceable
 from dgx_kvm_sw.model.platform import Partition, Platform
-from dgx_kvm_sw.model.spec import HostSpec, VmSpec
+from dgx_kvm_sw.model.spec import NO_SPEC, HostSpec, VmSpec
 from dgx_kvm_sw.model.topology import Topology
 
 TYPE_CHECKING = False
@@ -115,6 +124,7 @@ class Situation:
     definitions: dict[str, DomainDef]  # by VM: those to be defined anew
     notes: tuple[str, ...]
     site: Site
+    networks: tuple[str, ...] = ()  # of ours that the file needs
 
     @property
     def spec(self) -> HostSpec:
@@ -135,12 +145,13 @@ class Situation:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A digest of every input: file, templates, devices, health, and what libvirt holds."""
-        wanted = [want.facts for want in self.desired]
+        wanted = [(want.facts, want.networks) for want in self.desired]
         devices = self.topology.devices()
         return digest(self.spec.digest, wanted, devices, self.health, self.current)
 
     def plan(self, intent: Intent) -> Plan:
-        plan = diff(self.desired, self.placements.unplaceable, self.current, self.topology, intent)
+        refused = self.placements.unplaceable
+        plan = diff(self.desired, refused, self.current, self.topology, intent, self.networks)
         return replace(plan, notes=self.notes)
 
     def domain(self, name: str) -> DomainStatus:
@@ -188,7 +199,7 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     spec = site.load_spec(catalogue)
     platform, topology = platforms.survey(site.root)
     health = host_health.assess(topology, site.root, platform.fabric_model)
-    current = read_current(hypervisor)
+    current = read_current(hypervisor, spec)
     foreign = {domain.name for domain in current.domains if not domain.managed}
     ours = replace(spec, vms=tuple(vm for vm in spec.vms if vm.name not in foreign))
     holdings = holdings_of(current, topology, spec, intent)
@@ -197,30 +208,56 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     taken = tuple(_name_taken(vm) for vm in spec.vms if vm.name in foreign)
     placements = replace(placements, unplaceable=(*taken, *placements.unplaceable))
     templates = Templates(site.root)
-    around = Surroundings(
-        machine_id=site.machine_id(),
-        pool_path=POOL_PATH,
-        images={name: _base_of(catalogue, name) for name in catalogue.names},
-        template_digests={
-            name: templates.digest(name) for name in sorted({vm.template for vm in ours.vms})
-        },
-    )
+    around = _around(site, catalogue, current, templates, ours)
     features = domainxml.LibvirtFeatures.of(hypervisor.version)
+    host = networks.HostNetworking(
+        networking.routes(site.root), networking.filtering_bridges(site.root), hypervisor.version
+    )
+    needed = networks.needed(ours.vms, current.networks, host.routes)
     desired, definitions = [], {}
     for vm in ours.vms:
         if placement := placements.of(vm.name):
-            want = _desired(vm, placement, inputs, current, around)
+            want = _desired(vm, placement, inputs, current, around, needed)
             want, definition = _rendered(templates, want, current, features)
             desired.append(want)
             if definition:
                 definitions[vm.name] = definition
-    notes = (*catalogue.problems, *_disk_notes(desired, current, ours, around))
-    conflicts = tuple(_template_conflicts(desired, placements, inputs))
-    refused = conflicts + tuple(_image_refusals(desired, current, ours, catalogue))
-    placements = replace(placements, unplaceable=(*placements.unplaceable, *refused))
+    refused = [*_template_conflicts(desired, placements, inputs)]
+    refused += networks.refusals(ours.vms, needed, host)
+    refused += disks.image_refusals(desired, current, ours, catalogue)
     names = {each.vm for each in refused}
+    desired = [want for want in desired if want.facts.name not in names]
+    short, note = disks.room(site.root, hypervisor, POOL_PATH, desired, current, catalogue)
+    names = {each.vm for each in short}
     kept = tuple(want for want in desired if want.facts.name not in names)
-    return Situation(inputs, current, placements, kept, definitions, notes, site)
+    unplaceable = (*placements.unplaceable, *refused, *short)
+    placements = replace(placements, unplaceable=unplaceable)
+    notes = (
+        *catalogue.problems,
+        *disks.notes(desired, ours, current, around),
+        *filter(None, (note,)),
+    )
+    used = tuple(needed)
+    return Situation(inputs, current, placements, kept, definitions, notes, site, used)
+
+
+def _around(
+    site: Site,
+    catalogue: images.Catalogue,
+    current: CurrentState,
+    templates: Templates,
+    spec: HostSpec,
+) -> Surroundings:
+    return Surroundings(
+        machine_id=site.machine_id(),
+        pool_path=POOL_PATH,
+        disk_io="io_uring" if site.simulated else disk_io(site.root),
+        volumes=current.volumes,
+        images={name: _base_of(catalogue, name) for name in catalogue.names},
+        template_digests={
+            name: templates.digest(name) for name in sorted({vm.template for vm in spec.vms})
+        },
+    )
 
 
 def _template_conflicts(
@@ -246,14 +283,22 @@ def _template_conflicts(
             claimed[device] = name
 
 
-def read_current(hypervisor: Hypervisor) -> CurrentState:
-    """Read all that libvirt holds."""
+def read_current(hypervisor: Hypervisor, spec: HostSpec = NO_SPEC) -> CurrentState:
+    """Read all that libvirt holds, and LVM, where a VM has a disk of it or is to have one."""
     domains = []
     for found in hypervisor.domains():
         live = domainxml.parse(found.live) if found.live else None
         facts = domainxml.parse(found.inactive)
         domains.append(DomainStatus(facts, found.live is not None, live, found.persistent))
-    return CurrentState(tuple(domains), hypervisor.volumes())
+    volumes = hypervisor.volumes()
+    groups: tuple[VolumeGroup, ...] = ()
+    paths = (disk.path for domain in domains for disk in domain.facts.disks)
+    if any(disk.volume_group for vm in spec.vms for disk in vm.disks) or any(
+        path.startswith("/dev/") and f"/{LOGICAL_VOLUME}" in path for path in paths
+    ):
+        groups, logical = hypervisor.logical_volumes()
+        volumes += logical
+    return CurrentState(tuple(domains), volumes, hypervisor.networks(), groups)
 
 
 def _placed(inputs: Inputs, current: CurrentState, intent: Intent) -> Placements:
@@ -306,18 +351,19 @@ def _desired(
     inputs: Inputs,
     current: CurrentState,
     around: Surroundings,
+    needed: Mapping[str, HostNetwork],
 ) -> Desired:
     facts = desired_domain(vm, placement, inputs.topology, around)
     held = current.domain(vm.name)
     if held:  # a host whose machine id has changed keeps the UUIDs its domains were made with
         facts = replace(facts, uuid=held.facts.uuid)
-    volumes = as_made(desired_volumes(vm, around), current.volumes)
     return Desired(
-        facts=over_backings(facts, volumes),
-        volumes=volumes,
+        facts=facts,
+        volumes=desired_volumes(vm, around),
         partition=placement.partition,
         state=vm.state,
         summary=summary(placement, inputs.topology),
+        networks=tuple(needed[n] for n in sorted(facts.networks) if n in needed),
     )
 
 
@@ -358,54 +404,3 @@ def _base_of(catalogue: images.Catalogue, name: str) -> tuple[str, str]:
     """What new disks of an image lie over; one whose manifest is bad has no disks made of it."""
     image = catalogue.images.get(name)
     return (image.base, image.format) if image else ("", "")
-
-
-def _image_refusals(
-    desired: list[Desired], current: CurrentState, spec: HostSpec, catalogue: images.Catalogue
-) -> Iterator[Unplaceable]:
-    """Refuse VMs whose OS disk is to be made of an image that cannot be used. A disk that is
-    there needs its image no more.
-    """
-    have = {volume.path for volume in current.volumes}
-    volumes = {want.facts.name: want.volumes[0] for want in desired}
-    for vm in spec.vms:
-        volume = volumes.get(vm.name)
-        if vm.image and volume and volume.path not in have:
-            made = (volume.capacity_mib, volume.name, str(vm.firmware))
-            if why := images.refusal(catalogue, vm.image, *made):
-                yield Unplaceable(vm.name, (why[0],), (why[1],))
-
-
-def _disk_notes(
-    desired: list[Desired], current: CurrentState, spec: HostSpec, around: Surroundings
-) -> list[str]:
-    """Disks are made once: say where the file now asks for others, and change nothing.
-
-    A newer version of a disk's image is no news here; `dgx-kvm image show` has it.
-    """
-    held = {volume.path: volume for volume in current.volumes}
-    asked = {
-        volume.path: volume.backing for vm in spec.vms for volume in desired_volumes(vm, around)
-    }
-    notes = []
-    for want in desired:
-        for volume in want.volumes:
-            have = held.get(volume.path)
-            if have and have.capacity_mib != volume.capacity_mib:
-                notes.append(
-                    f"{want.facts.name}: disk {volume.name} has {have.capacity_mib / 1024:g} GiB,"
-                    f" the file says {volume.capacity_mib / 1024:g}; disks are not resized"
-                )
-            wanted = _origin(asked.get(volume.path, ""))
-            if have and _origin(have.backing) != wanted:
-                notes.append(
-                    f"{want.facts.name}: disk {volume.name} was made from"
-                    f" {_origin(have.backing) or 'nothing'}, the file says {wanted or 'nothing'};"
-                    " a disk stays what it was made from"
-                )
-    return notes
-
-
-def _origin(backing: str) -> str:
-    """The image that a disk was made from, or the file where that is no base of ours."""
-    return images.base_owner(backing) or backing

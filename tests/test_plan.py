@@ -247,11 +247,39 @@ def test_a_new_disk_is_made_at_once_and_attached_at_the_next_restart(
     assert running.plan().actions == ()
 
 
-def test_a_disk_is_never_resized_but_the_difference_is_told(running: SimulatedHost) -> None:
-    running.declare("name: a, gpus: 1, os_disk: 99GiB")
+def test_a_disk_never_shrinks_but_the_difference_is_told(running: SimulatedHost) -> None:
+    running.declare("name: a, gpus: 1, os_disk: 9GiB")
     plan = running.plan()
     assert plan.actions == ()
-    assert plan.notes == ("a: disk a.os.qcow2 has 50 GiB, the file says 99; disks are not resized",)
+    note = "a: disk a.os.qcow2 has 50 GiB, the file says 9; disks are not made smaller"
+    assert plan.notes == (note,)
+
+
+def test_a_disk_grows_while_its_vm_is_off(running: SimulatedHost) -> None:
+    running.declare("name: a, gpus: 1, os_disk: 99GiB")
+    assert steps(running.plan()) == []
+    (row,) = running.plan().vms
+    grown = Change("size of a.os.qcow2", "50GiB", "99GiB", Effect.NEXT_RESTART)
+    assert (row.changes, row.pending) == ((grown,), ("--restart",))
+    assert steps(running.plan(RESTART)) == [
+        "ShutDownDomain a",
+        "ReleasePartition a",
+        "GrowVolume a",
+        "PreparePartition a",
+        "StartDomain a",
+    ]
+    running.settle(RESTART)
+    assert not running.plan().pending
+    assert [volume.capacity_mib for volume in running.state().volumes] == [99 * 1024]
+
+
+def test_a_disk_of_a_stopped_vm_grows_at_once(h100: SimulatedHost) -> None:
+    h100.declare("name: a, gpus: 1, state: stopped")
+    h100.settle()
+    h100.declare("name: a, gpus: 1, state: stopped, os_disk: 99GiB")
+    assert steps(h100.plan()) == ["GrowVolume a"]
+    h100.settle()
+    assert not h100.plan().pending
 
 
 # -- orphans ----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from dgx_kvm_sw.model.spec import (
     Hugepages,
     Network,
     NetworkKind,
+    OsDisk,
     PowerState,
     Share,
     SourceLine,
@@ -93,7 +94,7 @@ vms:
     gets = vm.resources
     assert (gets.cpus, gets.memory, gets.nics, gets.drives) == (20, 160 * 1024, 1, Share(0.5))
     assert (gets.nvswitches, gets.hugepages, gets.max_queues) == (False, Hugepages.MIB2, 6)
-    assert (gets.iothreads, gets.os_disk_mib) == (3, 1536 * 1024)
+    assert (gets.iothreads, gets.os_disk.size_mib) == (3, 1536 * 1024)
 
 
 def test_a_size_template_gives_what_a_vm_does_not_say(host: Host) -> None:
@@ -203,7 +204,8 @@ def test_the_examples_in_the_shipped_file_are_right(host: Host) -> None:
 def test_a_gpu_vm_gets_its_whole_part_of_the_machine(host: Host, size: int) -> None:
     gets = host.vm(f"gpus: {size}").resources
     assert (gets.cpus, gets.memory, gets.nics, gets.drives) == (Share(1.0),) * 4
-    assert (gets.nvswitches, gets.hugepages, gets.os_disk_mib) == (True, Hugepages.AUTO, 50 * 1024)
+    assert (gets.nvswitches, gets.hugepages) == (True, Hugepages.AUTO)
+    assert gets.os_disk == OsDisk(50 * 1024)
     assert gets.iothreads == {1: 1, 2: 1, 4: 2, 8: 2, 16: 4}[size]
     assert 8 <= gets.max_queues <= 32
 
@@ -212,7 +214,7 @@ def test_a_vm_without_gpus_gets_a_little_and_no_devices(host: Host) -> None:
     gets = host.vm("gpus: 0").resources
     assert (gets.cpus, gets.memory, gets.nics, gets.drives) == (2, 4096, 0, 0)
     assert (gets.nvswitches, gets.hugepages, gets.max_queues) == (False, Hugepages.AUTO, 4)
-    assert (gets.iothreads, gets.os_disk_mib) == (1, 20 * 1024)
+    assert (gets.iothreads, gets.os_disk.size_mib) == (1, 20 * 1024)
 
 
 def test_the_admins_template_wins_over_the_packaged_one(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def run(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=None if show_errors else subprocess.PIPE,
-            env={**os.environ, "PATH": _path(), "LC_ALL": "C.UTF-8", **(env or {})},
+            env={**os.environ, "PATH": search_path(), "LC_ALL": "C.UTF-8", **(env or {})},
             encoding="utf-8",
             errors="replace",
             start_new_session=True,  # so that all it starts can be ended with it
@@ -77,7 +77,8 @@ def run(
     return Completed(process.returncode, out, err or "")
 
 
-def _path() -> str:
+def search_path() -> str:
+    """Return where programs are looked for, as PATH says it."""
     known = os.environ.get("PATH", "").split(":")
     return ":".join([*filter(None, known), *(each for each in _FOLDERS if each not in known)])
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from dgx_kvm_sw.model.domain import Cell, DomainFacts, Hostdev
 from dgx_kvm_sw.model.pci import CpuSet, PciAddress
+from dgx_kvm_sw.model.spec import Network
 from dgx_kvm_sw.model.topology import Topology
 
 # Differences that a running domain can take over at once; everything else needs a start.
@@ -31,6 +32,8 @@ def differences(held: DomainFacts, wanted: DomainFacts, topology: Topology) -> l
     keys = [key for key in new if old[key] != new[key]]
     if any(key in keys for key in ("gpus", "NVSwitches", "nics", "drives", "other devices")):
         keys = [key for key in keys if key not in ("PCIe tree", "64-bit PCI window")]
+    if "disks" in keys:
+        keys = [key for key in keys if key != "disk driver"]
     if "vcpus" in keys:
         keys = [key for key in keys if key not in ("cpu pins", "queues")]
     if _nodes(held) == _nodes(wanted) and ("vcpus" in keys or "memory" in keys):
@@ -63,7 +66,7 @@ def _words(facts: DomainFacts, topology: Topology) -> dict[str, str]:
         "tenant": owner.tenant if owner else "",
         **_devices(facts, topology),
         "vcpus": str(facts.vcpus),
-        "memory": _size(facts.memory_mib),
+        "memory": size_text(facts.memory_mib),
         "hugepages": _page(facts.hugepage_kib),
         "NUMA nodes": _cells(facts),
         "cpu pins": _ranges(facts.vcpu_pins),
@@ -72,6 +75,7 @@ def _words(facts: DomainFacts, topology: Topology) -> dict[str, str]:
         "threads per core": str(facts.threads_per_core),
         "firmware": str(facts.firmware),
         "disks": _disks(facts),
+        "disk driver": _list(f"{d.target} io {d.io}, discard {d.discard}" for d in facts.disks),
         "networks": _networks(facts),
         "queues": _list([d.queues for d in facts.disks] + [i.queues for i in facts.interfaces]),
         "device settings": _settings(facts),
@@ -104,7 +108,7 @@ def _list(items: Iterable[object]) -> str:
     return ", ".join(str(item) for item in items) or "none"
 
 
-def _size(mib: int) -> str:
+def size_text(mib: int) -> str:
     return f"{mib // 1024}GiB" if mib % 1024 == 0 else f"{mib}MiB"
 
 
@@ -129,7 +133,7 @@ def _cells(facts: DomainFacts) -> str:
     def one(cell: Cell) -> str:
         node = cell.host_node if cell.host_node is not None else "any"
         far = f", distances {' '.join(map(str, cell.distances))}" if cell.distances else ""
-        return f"{node} (vCPUs {cell.vcpus}, {_size(cell.memory_mib)}{far})"
+        return f"{node} (vCPUs {cell.vcpus}, {size_text(cell.memory_mib)}{far})"
 
     return _list(one(cell) for cell in facts.cells)
 
@@ -143,7 +147,11 @@ def _disks(facts: DomainFacts) -> str:
 
 
 def _networks(facts: DomainFacts) -> str:
-    return _list(f"{i.network.kind} {i.network.source} ({i.mac})" for i in facts.interfaces)
+    def one(network: Network) -> str:
+        vlan = f", VLAN {network.vlan}" if network.vlan else ""
+        return f"{network.kind} {network.source}{vlan}"
+
+    return _list(f"{one(i.network)} ({i.mac})" for i in facts.interfaces)
 
 
 def _settings(facts: DomainFacts) -> str:

@@ -6,6 +6,7 @@ import uuid
 from dataclasses import dataclass, replace
 
 from dgx_kvm_sw.decide.guest_pci import guest_tree, mmio64_mib
+from dgx_kvm_sw.decide.networks import on_host
 from dgx_kvm_sw.model.domain import (
     Cell,
     DomainDisk,
@@ -17,7 +18,7 @@ from dgx_kvm_sw.model.domain import (
 )
 from dgx_kvm_sw.model.pci import CpuSet, PciDevice
 from dgx_kvm_sw.model.placement import GuestCell, Placement
-from dgx_kvm_sw.model.spec import VmSpec
+from dgx_kvm_sw.model.spec import DiskFormat, VmSpec
 from dgx_kvm_sw.model.topology import Topology
 
 
@@ -29,6 +30,11 @@ class Surroundings:
     pool_path: str
     images: dict[str, tuple[str, str]]  # image name -> path and format of its file
     template_digests: dict[str, str]  # template name -> digest
+    disk_io: str = "native"  # how QEMU is to read and write disks here
+    volumes: tuple[Volume, ...] = ()  # that there are
+
+
+LOGICAL_VOLUME = "dgx-kvm."  # what the names of all of ours start with
 
 
 def domain_uuid(machine_id: str, name: str) -> str:
@@ -63,78 +69,90 @@ def desired_domain(
         mmio64_mib=mmio64_mib(devices),
         controllers=controllers,
         hostdevs=hostdevs,
-        disks=_disks(vm, around.pool_path, queues),
+        disks=_disks(vm, around, queues),
         interfaces=tuple(
-            Interface(_mac(identity, number), network, queues)
+            Interface(_mac(identity, number), on_host(network, vm.tenant), queues)
             for number, network in enumerate(vm.networks)
         ),
         on_reboot="destroy",
     )
 
 
+def declared_volumes(vm: VmSpec, around: Surroundings) -> tuple[Volume, ...]:
+    """Return the VM's disks as the file has them: the OS disk, from its image, and the data disks."""
+    os_disk = vm.resources.os_disk
+    image = around.images[vm.image] if vm.image else ("", "")
+    origin = ("", "", *image) if os_disk.copy else image
+    wanted = [_file(vm, "os", os_disk.size_mib, os_disk.format, around, *origin)]
+    for disk in vm.disks:
+        if disk.volume_group:
+            name = f"{LOGICAL_VOLUME}{vm.name}.{disk.name}"
+            path = f"/dev/{disk.volume_group}/{name}"
+            wanted.append(Volume(name, path, disk.size_mib, "raw", group=disk.volume_group))
+        else:
+            wanted.append(_file(vm, disk.name, disk.size_mib, disk.format, around))
+    return tuple(wanted)
+
+
 def desired_volumes(vm: VmSpec, around: Surroundings) -> tuple[Volume, ...]:
-    """Return the VM's disks on the pool: the OS disk, over its image, and the data disks."""
-    sizes = {"os": vm.resources.os_disk_mib, **{disk.name: disk.size_mib for disk in vm.disks}}
-    volumes = []
-    for disk, size in sizes.items():
-        name = _volume_name(vm.name, disk)
-        image = around.images[vm.image] if disk == "os" and vm.image else ("", "")
-        volumes.append(Volume(name, f"{around.pool_path}/{name}", size, "qcow2", *image))
-    return tuple(volumes)
-
-
-def as_made(volumes: tuple[Volume, ...], held: tuple[Volume, ...]) -> tuple[Volume, ...]:
-    """Let a disk that is there lie over what it was made from: a newer image is for new disks."""
-    made = {volume.path: volume for volume in held}
+    """Return the VM's disks; one that is there stays what it is, whatever kind of disk or version
+    of its image the file asks for now.
+    """
+    names = ["os", *(disk.name for disk in vm.disks)]
+    declared = declared_volumes(vm, around)
     return tuple(
-        replace(volume, backing=there.backing, backing_format=there.backing_format)
-        if (there := made.get(volume.path))
-        else volume
-        for volume in volumes
+        _as_made(volume, vm.name, name, around)
+        for volume, name in zip(declared, names, strict=True)
     )
 
 
-def over_backings(facts: DomainFacts, volumes: tuple[Volume, ...]) -> DomainFacts:
-    """Say of each disk what it lies over, so that libvirt need not find out, and leaves that
-    file's owner alone.
-    """
-    backings = {volume.path: (volume.backing, volume.backing_format) for volume in volumes}
-    disks = []
-    for disk in facts.disks:
-        backing, form = backings.get(disk.path, ("", ""))
-        disks.append(replace(disk, backing=backing, backing_format=form if backing else ""))
-    return replace(facts, disks=tuple(disks))
+def _file(
+    vm: VmSpec, disk: str, size: int, kind: DiskFormat, around: Surroundings, *origin: str
+) -> Volume:
+    name = f"{vm.name}.{disk}.{kind}"
+    return Volume(name, f"{around.pool_path}/{name}", size, str(kind), *origin)
 
 
-def volume_prefix(vm: str) -> str:
-    """What every disk of this VM on the pool starts with; VM names hold no dot."""
-    return f"{vm}."
+def _as_made(wanted: Volume, vm: str, disk: str, around: Surroundings) -> Volume:
+    """The disk as it is wanted, or as it was made, of the size it is wanted in."""
+    names = {f"{vm}.{disk}.{kind}" for kind in DiskFormat} | {f"{LOGICAL_VOLUME}{vm}.{disk}"}
+    have = {volume.path: volume for volume in around.volumes if volume.name in names}
+    found = have.get(wanted.path, next(iter(have.values()), wanted))
+    return replace(found, capacity_mib=wanted.capacity_mib)
 
 
 def own_disks(domain: DomainStatus, volumes: tuple[Volume, ...]) -> tuple[str, ...]:
-    """Return paths of the domain's own disks: a site's template may attach what others use too."""
+    """Return paths of the domain's own disks: a site's template may attach what others use too.
+
+    VM names hold no dot, so what starts like one of its disks is one.
+    """
     attached = {disk.path for disk in domain.facts.disks}
-    prefix = volume_prefix(domain.name)
-    return tuple(v.path for v in volumes if v.path in attached and v.name.startswith(prefix))
+    prefixes = (f"{domain.name}.", f"{LOGICAL_VOLUME}{domain.name}.")
+    return tuple(v.path for v in volumes if v.path in attached and v.name.startswith(prefixes))
 
 
-def _volume_name(vm: str, disk: str) -> str:
-    return f"{volume_prefix(vm)}{disk}.qcow2"
-
-
-def _disks(vm: VmSpec, pool_path: str, queues: int) -> tuple[DomainDisk, ...]:
+def _disks(vm: VmSpec, around: Surroundings, queues: int) -> tuple[DomainDisk, ...]:
     names = ["os", *(disk.name for disk in vm.disks)]
     threads = vm.resources.iothreads
     return tuple(
         DomainDisk(
             target=f"vd{chr(ord('a') + number)}",
-            path=f"{pool_path}/{_volume_name(vm.name, disk)}",
-            format="qcow2",
+            path=volume.path,
+            block=bool(volume.group),
+            format=volume.format,
+            io=around.disk_io,
+            # A raw file is there to have its space for sure: what a guest trims stays its own.
+            discard="ignore" if volume.format == "raw" and not volume.group else "unmap",
             serial=disk,
             queues=queues,
+            # Said, so that libvirt need not find out, and leaves that file's owner alone.
+            backing=volume.backing,
+            backing_format=volume.backing_format,
             iothread=number % threads + 1 if threads else None,
         )
-        for number, disk in enumerate(names)
+        for number, (disk, volume) in enumerate(
+            zip(names, desired_volumes(vm, around), strict=True)
+        )
     )
 
 

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from dgx_kvm_sw.decide.changes import LIVE_FIELDS, differences, same
+from dgx_kvm_sw.decide.changes import LIVE_FIELDS, Difference, differences, same, size_text
 from dgx_kvm_sw.decide.domain import own_disks
+from dgx_kvm_sw.decide.networks import unused
+from dgx_kvm_sw.decide.storage import growths
 from dgx_kvm_sw.model.actions import (
     Action,
     Change,
     CreateVolume,
     DefineDomain,
     Effect,
+    EnsureNetwork,
+    GrowVolume,
     MarkRestartNeeded,
     Plan,
     PreparePartition,
     ReleasePartition,
+    RemoveNetwork,
     ShutDownDomain,
     StartDomain,
     UndefineDomain,
     Verb,
     VmPlan,
 )
-from dgx_kvm_sw.model.domain import CurrentState, DomainFacts, DomainStatus, Volume
+from dgx_kvm_sw.model.domain import (
+    CurrentState,
+    DomainFacts,
+    DomainStatus,
+    HostNetwork,
+    Volume,
+)
 from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.placement import Unplaceable
 from dgx_kvm_sw.model.platform import Partition
@@ -51,6 +62,7 @@ class Desired:
     partition: Partition | None
     state: PowerState
     summary: str  # one line for a person
+    networks: tuple[HostNetwork, ...] = ()  # of ours that it needs, as they are or will be
 
     @property
     def devices(self) -> tuple[PciAddress, ...]:
@@ -63,18 +75,29 @@ class _Step:
     actions: tuple[Action, ...]
 
 
+Preparation = CreateVolume | EnsureNetwork  # what harms nothing that runs
+
+
 def diff(
     desired: tuple[Desired, ...],
     unplaceable: tuple[Unplaceable, ...],
     current: CurrentState,
     topology: Topology,
     intent: Intent,
+    networks: tuple[str, ...] = (),
 ) -> Plan:
-    """Return the plan that makes `current` what is desired, as far as `intent` allows."""
+    """Return the plan that makes `current` what is desired, as far as `intent` allows.
+
+    `networks` are those of ours that any VM of the file needs, one that does not fit included.
+    """
     declared = {want.facts.name for want in desired} | {refused.vm for refused in unplaceable}
     orphans = [d for d in current.domains if d.managed and d.name not in declared]
     steps = [_vm_step(want, current, topology, intent) for want in desired]
-    steps += [_orphan_step(domain, current, intent) for domain in orphans]
+    leaving = [_orphan_step(domain, current, intent) for domain in orphans]
+    gone = {domain.name for domain, step in zip(orphans, leaving, strict=True) if step.actions}
+    remaining = tuple(domain for domain in current.domains if domain.name not in gone)
+    steps += leaving
+    steps += [_removal(n) for n in unused(replace(current, domains=remaining), networks)]
     actions = [action for step in steps if step for action in step.actions]
     return Plan(
         vms=tuple(step.vm for step in steps if step),
@@ -103,20 +126,31 @@ def _vm_step(
     want: Desired, current: CurrentState, topology: Topology, intent: Intent
 ) -> _Step | None:
     held = current.domain(want.facts.name)
+    name = want.facts.name
     have = {volume.path for volume in current.volumes}
-    volumes = [
-        CreateVolume(want.facts.name, volume) for volume in want.volumes if volume.path not in have
+    active = {network.name for network in current.networks if network.active}
+    grown = growths(want.volumes, current)
+    grows = tuple(GrowVolume(name, growth.volume) for growth in grown)
+    larger = [
+        (f"size of {g.volume.name}", size_text(g.held_mib), size_text(g.volume.capacity_mib))
+        for g in grown
     ]
+    prepare: tuple[Preparation, ...] = (
+        *(EnsureNetwork(name, network) for network in want.networks if network.name not in active),
+        *(CreateVolume(name, volume) for volume in want.volumes if volume.path not in have),
+    )
     if held is None:
         start = start_actions(want.facts, want.partition) if _runs(want) else ()
         define = DefineDomain(want.facts.name, want.facts, live=False)
         # Whose data it is that a new VM of an old name gets has to be seen before.
         old = [volume.name for volume in want.volumes if volume.path in have]
         changes = (Change("disks", ", ".join(old), "used as they are", Effect.LIVE),) if old else ()
-        row = VmPlan(want.facts.name, Verb.CREATE, changes, want.summary)
-        return _Step(row, (*volumes, define, *start))
+        changes += tuple(_change(each, Effect.LIVE) for each in larger)
+        changes += tuple(_missing(p) for p in prepare if isinstance(p, EnsureNetwork))
+        row = VmPlan(name, Verb.CREATE, changes, want.summary)
+        return _Step(row, (*prepare, *grows, define, *start))
     step = _running_step if held.running else _stopped_step
-    return step(want, held, topology, intent, tuple(volumes))
+    return step(want, held, topology, intent, prepare, grows, larger)
 
 
 def _stopped_step(
@@ -124,11 +158,14 @@ def _stopped_step(
     held: DomainStatus,
     topology: Topology,
     intent: Intent,
-    volumes: tuple[CreateVolume, ...],
+    prepare: tuple[Preparation, ...],
+    grows: tuple[GrowVolume, ...],
+    larger: list[Difference],
 ) -> _Step | None:
     changes = [_change(d, Effect.LIVE) for d in differences(held.facts, want.facts, topology)]
-    changes += [_missing(volume) for volume in volumes]
-    actions: list[Action] = list(volumes)
+    changes += [_change(each, Effect.LIVE) for each in larger]
+    changes += [_missing(each) for each in prepare]
+    actions: list[Action] = [*prepare, *grows]
     if not same(held.facts, want.facts):
         actions.append(DefineDomain(want.facts.name, want.facts, live=False))
     if _runs(want):
@@ -144,11 +181,13 @@ def _running_step(
     held: DomainStatus,
     topology: Topology,
     intent: Intent,
-    volumes: tuple[CreateVolume, ...],
+    prepare: tuple[Preparation, ...],
+    grows: tuple[GrowVolume, ...],
+    larger: list[Difference],
 ) -> _Step | None:
     assert held.live is not None
     name = want.facts.name
-    live = differences(held.live, want.facts, topology)
+    live = differences(held.live, want.facts, topology) + larger
     redefine = not held.persistent or not same(held.facts, want.facts)
     define = (DefineDomain(name, want.facts, live=False),) if redefine else ()
     if not _runs(want):
@@ -157,24 +196,24 @@ def _running_step(
         changes += [_change(d, felt) for d in live]
         stop = stop_actions(held.live) if intent.restart else ()
         row = _row(name, Verb.CHANGE, changes, () if intent.restart else (RESTART,))
-        return _Step(row, (*volumes, *stop, *define))
+        return _Step(row, (*prepare, *stop, *(grows if stop else ()), *define))
     if {field for field, _, _ in live} - LIVE_FIELDS:
         if intent.restart:
             changes = [_change(d, Effect.NEEDS_RESTART) for d in live]
-            chain = (*stop_actions(held.live), *volumes, *define)
+            chain = (*stop_actions(held.live), *prepare, *grows, *define)
             row = _row(name, Verb.REPLACE, changes)
             return _Step(row, (*chain, *start_actions(want.facts, want.partition)))
         mark = (MarkRestartNeeded(name, held.facts.uuid),) if redefine else ()
         changes = [_change(d, Effect.NEXT_RESTART) for d in live]
-        return _Step(_row(name, Verb.CHANGE, changes, (RESTART,)), (*volumes, *define, *mark))
+        return _Step(_row(name, Verb.CHANGE, changes, (RESTART,)), (*prepare, *define, *mark))
     drifted = live or differences(held.facts, want.facts, topology)
     if not held.persistent:
         drifted = [*drifted, ("definition", "gone", "as declared")]
-    if not drifted and not volumes:
+    if not drifted and not prepare:
         return None
-    changes = [_change(d, Effect.LIVE) for d in drifted] + [_missing(v) for v in volumes]
+    changes = [_change(d, Effect.LIVE) for d in drifted] + [_missing(each) for each in prepare]
     repin = (DefineDomain(name, want.facts, live=True),) if drifted else ()
-    return _Step(_row(name, Verb.CHANGE, changes), (*volumes, *repin))
+    return _Step(_row(name, Verb.CHANGE, changes), (*prepare, *repin))
 
 
 def _orphan_step(domain: DomainStatus, current: CurrentState, intent: Intent) -> _Step:
@@ -211,5 +250,17 @@ def _change(difference: tuple[str, str, str], effect: Effect) -> Change:
     return Change(*difference, effect)
 
 
-def _missing(volume: CreateVolume) -> Change:
-    return Change("disks", f"{volume.volume.name} is missing", "created empty", Effect.LIVE)
+def _missing(prepare: Preparation) -> Change:
+    if isinstance(prepare, EnsureNetwork):
+        return Change("network", f"{prepare.network.name} is not there", "made", Effect.LIVE)
+    how = "created empty"
+    if origin := prepare.volume.source or prepare.volume.backing:
+        how = f"created from {origin}"
+    return Change("disks", f"{prepare.volume.name} is missing", how, Effect.LIVE)
+
+
+def _removal(network: HostNetwork) -> _Step:
+    """A network of ours that no VM has or will have; its row is named unlike any VM."""
+    title = f"network {network.name}"
+    row = _row(title, Verb.DELETE, [Change("used", "yes", "no longer", Effect.LIVE)])
+    return _Step(row, (RemoveNetwork(title, network),))

@@ -247,7 +247,10 @@ def _disks(domain: Element) -> tuple[DomainDisk, ...]:
             DomainDisk(
                 target=target.get("dev", "") if target is not None else "",
                 path=source.get("file", source.get("dev", "")) if source is not None else "",
+                block=element.get("type") == "block",
                 format=attributes.get("type", "raw"),
+                io=attributes.get("io", ""),
+                discard=attributes.get("discard", ""),
                 serial=_text(element, "serial"),
                 queues=int(attributes.get("queues", "1")),
                 iothread=int(iothread) if iothread else None,
@@ -270,7 +273,9 @@ def _interfaces(domain: Element) -> tuple[Interface, ...]:
         mac, source, driver = (element.find(tag) for tag in ("mac", "source", "driver"))
         kind = _INTERFACE_KINDS.get(element.get("type", ""), NetworkKind.BRIDGE)
         names = source.attrib if source is not None else {}
-        network = Network(kind, names.get(str(kind), names.get("dev", "")))
+        tag = element.find("vlan/tag")
+        vlan = int(tag.get("id", "0")) if tag is not None else 0
+        network = Network(kind, names.get(str(kind), names.get("dev", "")), vlan)
         queues = int(driver.get("queues", "1")) if driver is not None else 1
         result.append(Interface(mac.get("address", "") if mac is not None else "", network, queues))
     return tuple(result)

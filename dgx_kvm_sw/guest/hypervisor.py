@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from xml.etree import ElementTree
 
 import libvirt
 
-from dgx_kvm_sw.model.domain import DomainFacts, Volume
+from dgx_kvm_sw.guest import copies, domainxml, lvm, networkxml
+from dgx_kvm_sw.model.domain import DomainFacts, HostNetwork, Space, Volume, VolumeGroup
 from dgx_kvm_sw.model.errors import HypervisorError
 from dgx_kvm_sw.model.events import DomainEvent, EventKind
 from dgx_kvm_sw.model.pci import CpuSet
@@ -161,7 +163,8 @@ class Hypervisor:
             for volume in pool.listAllVolumes():
                 # libvirt lists one whose file it is still making, or that somebody has removed.
                 with _ignored(libvirt.VIR_ERR_NO_STORAGE_VOL):
-                    found.append(_volume(volume))
+                    if not volume.name().endswith(copies.UNFINISHED):
+                        found.append(_volume(volume))
         return tuple(sorted(found, key=lambda volume: volume.name))
 
     def ensure_pool(self, path: str) -> None:
@@ -179,6 +182,17 @@ class Hypervisor:
                 pool.create()
 
     def create_volume(self, volume: Volume) -> None:
+        if volume.group:
+            lvm.create(volume)
+        elif volume.source:
+            copies.make(volume)
+            with _explained(f"find the disk {volume.name}"):
+                _refresh(self._connection.storagePoolLookupByName(POOL))
+        else:
+            self._create_file(volume)
+
+    def _create_file(self, volume: Volume) -> None:
+        allocated = volume.capacity_mib if volume.format == "raw" else 0
         backing = ""
         if volume.backing:
             backing = (
@@ -189,7 +203,8 @@ class Hypervisor:
             pool = self._connection.storagePoolLookupByName(POOL)
             xml = (
                 f"<volume><name>{escape(volume.name)}</name>"
-                f"<capacity unit='MiB'>{volume.capacity_mib}</capacity><allocation>0</allocation>"
+                f"<capacity unit='MiB'>{volume.capacity_mib}</capacity>"
+                f"<allocation unit='MiB'>{allocated}</allocation>"
                 f"<target><format type='{volume.format}'/></target>{backing}</volume>"
             )
             with _ignored(libvirt.VIR_ERR_STORAGE_VOL_EXIST):
@@ -201,9 +216,74 @@ class Hypervisor:
             if volume.name not in pool.listVolumes():
                 pool.createXML(xml)
 
+    def grow_volume(self, volume: Volume) -> None:
+        """Make a disk larger that no running domain has; a raw one takes the space at once."""
+        flags = libvirt.VIR_STORAGE_VOL_RESIZE_ALLOCATE if volume.format == "raw" else 0
+        with _explained(f"grow the disk {volume.name}"):
+            held = self._connection.storageVolLookupByPath(volume.path)
+            held.resize(volume.capacity_mib << 20, flags)
+
     def delete_volume(self, path: str) -> None:
+        if path.startswith("/dev/"):
+            lvm.remove(path)
+            return
         with _explained(f"delete the disk {path}"):
             self._connection.storageVolLookupByPath(path).delete()
+
+    def logical_volumes(self) -> tuple[tuple[VolumeGroup, ...], tuple[Volume, ...]]:
+        """Return LVM's volume groups, and our disks in them."""
+        return lvm.read()
+
+    def copy_mib(self, volume: Volume) -> int:
+        """How much of the pool the copy of an image will take at first."""
+        return copies.needed_mib(volume)
+
+    def space(self, folder: str) -> Space:
+        """The file system that a folder is on, or will be."""
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        found = os.statvfs(folder)
+        block = found.f_frsize
+        return Space(found.f_blocks * block >> 20, found.f_bavail * block >> 20)
+
+    # -- networks ---------------------------------------------------------------------------
+
+    def networks(self) -> tuple[HostNetwork, ...]:
+        """Return all virtual networks, by name; none where libvirt is built without."""
+        found = []
+        with _explained("list the networks"), _ignored(libvirt.VIR_ERR_NO_SUPPORT):
+            for network in self._connection.listAllNetworks():
+                with _ignored(libvirt.VIR_ERR_NO_NETWORK):
+                    active = bool(network.isActive())
+                    found.append(networkxml.parse(network.XMLDesc(), active=active))
+        return tuple(sorted(found, key=lambda network: network.name))
+
+    def ensure_network(self, network: HostNetwork) -> None:
+        """Define and start a network of ours where it is missing or stopped."""
+        with _explained(f"make the network {network.name}"):
+            there = {each.name(): each for each in self._connection.listAllNetworks()}
+            held = there.get(network.name)
+            if held is None:
+                held = self._connection.networkDefineXML(networkxml.render(network))
+            _check_ours(held)
+            held.setAutostart(True)
+            if not held.isActive():
+                held.create()
+
+    def remove_network(self, name: str) -> None:
+        """Remove a network of ours, unless a domain has come to use it."""
+        with _explained(f"remove the network {name}"), _ignored(libvirt.VIR_ERR_NO_NETWORK):
+            held = self._connection.networkLookupByName(name)
+            _check_ours(held)
+            for domain in self.domains():
+                for xml in filter(None, (domain.inactive, domain.live)):
+                    if name in domainxml.parse(xml).networks:
+                        raise HypervisorError(
+                            f"{domain.name} is on the network {name}", "run `dgx-kvm plan` again"
+                        )
+            if held.isActive():
+                held.destroy()
+            held.undefine()
 
     def _pool(self) -> Any:
         try:
@@ -317,6 +397,13 @@ def _volume(volume: Any) -> Volume:
         backing=(tree.findtext("backingStore/path") or "").strip(),
         backing_format=backing_format.get("type", "") if backing_format is not None else "",
     )
+
+
+def _check_ours(network: Any) -> None:
+    if not networkxml.parse(network.XMLDesc(), active=True).ours:
+        raise HypervisorError(
+            f"dgx-kvm did not make the network {network.name()}", "rename or undefine it"
+        )
 
 
 def _refresh(pool: Any) -> None:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from xml.etree import ElementTree
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.guest.hypervisor import Hypervisor
 from dgx_kvm_sw.model.base import to_json
-from dgx_kvm_sw.model.domain import DomainFacts, Volume
+from dgx_kvm_sw.model.domain import (
+    DomainFacts,
+    HostNetwork,
+    Space,
+    Volume,
+    VolumeGroup,
+)
 
 NODE_FILE = "/libvirt/node.xml"
 _DOMAINS = "/libvirt/domains"
 _VOLUMES = "/libvirt/volumes"
 _POOL = "/libvirt/pool"
+_NETWORKS = "/libvirt/networks"
+_LOGICAL = "/libvirt/lvm"
+_SPACE = "/libvirt/space"  # MiB: all of the pool's file system, and what is free of it
+
+_GROUP = VolumeGroup("data", 4, 4 << 20, ())  # 4 TiB
+_SAMPLE_SPACE = Space(28 << 20, 28 << 20)
 
 
 class SimulatedHypervisor(Hypervisor):
@@ -37,7 +50,12 @@ class SimulatedHypervisor(Hypervisor):
         if pool := self._root.read(_POOL, ""):
             super().ensure_pool(pool)
         for name in self._saved(_VOLUMES):
-            super().create_volume(Volume(**json.loads(self._root.read(f"{_VOLUMES}/{name}"))))
+            super()._create_file(Volume(**json.loads(self._root.read(f"{_VOLUMES}/{name}"))))
+        for name in self._saved(_NETWORKS):
+            saved = json.loads(self._root.read(f"{_NETWORKS}/{name}"))
+            network = self._connection.networkDefineXML(saved["xml"])
+            if saved["active"]:
+                network.create()
 
     def _saved(self, folder: str) -> list[str]:
         """Names of files that were written whole; a killed command may have left others."""
@@ -93,10 +111,49 @@ class SimulatedHypervisor(Hypervisor):
         self._root.write(_POOL, path, sync=False)
 
     def create_volume(self, volume: Volume) -> None:
-        super().create_volume(volume)
+        if not volume.group:
+            super()._create_file(volume)
+        self._save_volume(volume)
+
+    def _save_volume(self, volume: Volume) -> None:
+        folder = _LOGICAL if volume.group else _VOLUMES
         saved = json.dumps(to_json(volume))
-        self._root.write(f"{_VOLUMES}/{volume.name}", saved, sync=False)
+        self._root.write(f"{folder}/{volume.name}", saved, sync=False)
+
+    def grow_volume(self, volume: Volume) -> None:
+        super().delete_volume(volume.path)  # the test driver resizes none
+        super()._create_file(volume)
+        self._save_volume(volume)
 
     def delete_volume(self, path: str) -> None:
-        super().delete_volume(path)
-        self._root.remove(f"{_VOLUMES}/{path.rpartition('/')[2]}")
+        logical = path.startswith("/dev/")
+        if not logical:
+            super().delete_volume(path)
+        folder = _LOGICAL if logical else _VOLUMES
+        self._root.remove(f"{folder}/{path.rpartition('/')[2]}")
+
+    def logical_volumes(self) -> tuple[tuple[VolumeGroup, ...], tuple[Volume, ...]]:
+        texts = [self._root.read(f"{_LOGICAL}/{name}") for name in self._saved(_LOGICAL)]
+        volumes = tuple(Volume(**json.loads(text)) for text in texts)
+        taken = sum(volume.capacity_mib for volume in volumes)
+        return (replace(_GROUP, free_mib=_GROUP.free_mib - taken),), volumes
+
+    def copy_mib(self, volume: Volume) -> int:
+        return 1024
+
+    def space(self, folder: str) -> Space:
+        saved = self._root.read(_SPACE, "").split()
+        return Space(int(saved[0]), int(saved[1])) if saved else _SAMPLE_SPACE
+
+    def _save_network(self, name: str) -> None:
+        network = self._connection.networkLookupByName(name)
+        saved = json.dumps({"xml": network.XMLDesc(), "active": bool(network.isActive())})
+        self._root.write(f"{_NETWORKS}/{name}.json", saved, sync=False)
+
+    def ensure_network(self, network: HostNetwork) -> None:
+        super().ensure_network(network)
+        self._save_network(network.name)
+
+    def remove_network(self, name: str) -> None:
+        super().remove_network(name)
+        self._root.remove(f"{_NETWORKS}/{name}.json")

@@ -13,7 +13,7 @@ from typing import Any
 from dgx_kvm_sw.access.files import Root, explained, template_path
 from dgx_kvm_sw.guest.document import WHOLE_FILE, Document
 from dgx_kvm_sw.guest.schema import schema_text, violations
-from dgx_kvm_sw.guest.speccheck import VmEntry, mistakes, tenant_entries, vm_entries
+from dgx_kvm_sw.guest.speccheck import VmEntry, disk_parts, mistakes, tenant_entries, vm_entries
 from dgx_kvm_sw.guest.yamlsource import MAX_BYTES, parse
 from dgx_kvm_sw.model.base import digest
 from dgx_kvm_sw.model.errors import BadFileError, HostError, Problem
@@ -21,12 +21,14 @@ from dgx_kvm_sw.model.spec import (
     SIZES,
     Amount,
     Disk,
+    DiskFormat,
     Firmware,
     HostShare,
     HostSpec,
     Hugepages,
     Network,
     NetworkKind,
+    OsDisk,
     PowerState,
     Resources,
     Share,
@@ -187,7 +189,12 @@ def _host_share(section: Mapping[str, Any]) -> HostShare:
 
 def _vm(entry: VmEntry, sizes: Mapping[int, Document]) -> VmSpec:
     gpus = entry.own["gpus"]
-    settings = {**_VM_DEFAULTS, **sizes[gpus].mapping(), **entry.settings}
+    template = sizes[gpus].mapping()
+    settings = {**_VM_DEFAULTS, **template, **entry.settings}
+    settings["os_disk"] = {
+        **disk_parts(template["os_disk"]),
+        **disk_parts(entry.settings.get("os_disk", {})),
+    }
     if "vcpus" in settings:
         settings["cpus"] = settings["vcpus"]
     return VmSpec(
@@ -198,12 +205,8 @@ def _vm(entry: VmEntry, sizes: Mapping[int, Document]) -> VmSpec:
         state=PowerState(settings["state"]),
         image=settings["image"],
         firmware=Firmware(settings["firmware"]),
-        disks=tuple(Disk(disk["name"], _mib(disk["size"])) for disk in settings["disks"]),
-        networks=tuple(
-            Network(NetworkKind(kind), name)
-            for network in settings["networks"]
-            for kind, name in network.items()
-        ),
+        disks=tuple(_disk(disk) for disk in settings["disks"]),
+        networks=tuple(_network(network) for network in settings["networks"]),
         template=settings["template"],
         resources=_resources(settings),
         source=entry.source,
@@ -220,8 +223,25 @@ def _resources(settings: Mapping[str, Any]) -> Resources:
         hugepages=Hugepages(settings["hugepages"]),
         max_queues=settings["max_queues"],
         iothreads=settings["iothreads"],
-        os_disk_mib=_mib(settings["os_disk"]),
+        os_disk=_os_disk(settings["os_disk"]),
     )
+
+
+def _os_disk(parts: Mapping[str, Any]) -> OsDisk:
+    copy = parts.get("from", "overlay") == "copy"
+    return OsDisk(_mib(parts["size"]), copy, DiskFormat(parts.get("format", "qcow2")))
+
+
+def _disk(disk: Mapping[str, Any]) -> Disk:
+    group = disk.get("lvm", "")
+    kind = DiskFormat.RAW if group else DiskFormat(disk.get("format", "qcow2"))
+    return Disk(disk["name"], _mib(disk["size"]), kind, group)
+
+
+def _network(network: Mapping[str, Any]) -> Network:
+    kind = next(kind for kind in NetworkKind if str(kind) in network)
+    name = network[str(kind)]
+    return Network(kind, "" if name is True else name, network.get("vlan", 0))
 
 
 def _amount(value: int | str) -> Amount:

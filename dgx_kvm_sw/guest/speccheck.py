@@ -69,11 +69,25 @@ def vm_entries(documents: Sequence[Document]) -> list[VmEntry]:
     """Return the VMs of all files in order; the first file is vms.yaml with the defaults."""
     defaults = documents[0].mapping("defaults")
     return [
-        VmEntry(document, ("vms", index), own, {**defaults, **own})
+        VmEntry(document, ("vms", index), own, _settings(defaults, own))
         for document in documents
         for index, own in enumerate(document.sequence("vms"))
         if isinstance(own, dict)
     ]
+
+
+def _settings(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what holds for a VM; of its OS disk it may say one part and `defaults` another."""
+    settings = {**defaults, **own}
+    if "os_disk" in settings:
+        parts = (disk_parts(each.get("os_disk", {})) for each in (defaults, own))
+        settings["os_disk"] = {key: value for part in parts for key, value in part.items()}
+    return settings
+
+
+def disk_parts(value: Any) -> dict[str, Any]:
+    """Return an OS disk as a mapping, however it is written."""
+    return value if isinstance(value, dict) else {"size": value}
 
 
 def tenant_entries(documents: Sequence[Document]) -> list[TenantEntry]:
@@ -100,6 +114,9 @@ def mistakes(
     if images is not None:
         yield from _unknown_references(sections, "image", images)
     yield from _repeated_disks(sections)
+    yield from _impossible_disks(sections)
+    yield from _impossible_overlays(vms, sizes)
+    yield from _impossible_vlans(sections)
     yield from _bad_pins(vms)
     yield from _exceeded_quotas(vms, tenants)
     yield from _shares_of_nothing(vms, sizes)
@@ -151,6 +168,43 @@ def _repeated_disks(sections: Sequence[tuple[Document, Path]]) -> Iterator[Probl
                 if name in seen:
                     yield document.problem(place, f"there is already a disk {shown(name)} here")
                 seen.add(name)
+
+
+def _impossible_disks(sections: Sequence[tuple[Document, Path]]) -> Iterator[Problem]:
+    for document, path in sections:
+        for index in range(len(document.sequence(*path, "disks"))):
+            disk = document.mapping(*path, "disks", index)
+            if "lvm" in disk and disk.get("format") == "qcow2":
+                place = (*path, "disks", index, "format")
+                hint = "remove `format`, or `lvm`"
+                yield document.problem(place, "a logical volume is raw", hint)
+
+
+def _impossible_overlays(
+    vms: Sequence[VmEntry], sizes: Mapping[int, Document]
+) -> Iterator[Problem]:
+    """Only qcow2 can be an overlay; which of its parts a VM says itself does not matter."""
+    for vm in vms:
+        of_size = sizes[vm.gpus].get("os_disk") if vm.gpus is not None and vm.gpus in sizes else {}
+        disk = {**disk_parts(of_size), **disk_parts(vm.settings.get("os_disk", {}))}
+        overlay = vm.settings.get("image") and disk.get("from") != "copy"
+        if overlay and disk.get("format") == "raw":
+            message = "a raw disk cannot be an overlay on its image"
+            yield vm.problem("os_disk", message, "add `from: copy`, or make it qcow2")
+
+
+def _impossible_vlans(sections: Sequence[tuple[Document, Path]]) -> Iterator[Problem]:
+    for document, path in sections:
+        for index in range(len(document.sequence(*path, "networks"))):
+            network = document.mapping(*path, "networks", index)
+            place = (*path, "networks", index, "vlan")
+            if "vlan" in network and "macvtap" in network:
+                under, tag = network["macvtap"], network["vlan"]
+                message = "macvtap puts no VLAN tags on what the guest sends"
+                hint = f"make a VLAN interface and name that: `macvtap: {under}.{tag}`"
+                yield document.problem(place, message, hint)
+            elif "vlan" in network and "bridge" not in network:
+                yield document.problem(place, "goes with bridge only", "remove it")
 
 
 def _bad_pins(vms: Sequence[VmEntry]) -> Iterator[Problem]:

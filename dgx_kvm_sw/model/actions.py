@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dgx_kvm_sw.model.base import StrEnum
-from dgx_kvm_sw.model.domain import DomainFacts, Volume
+from dgx_kvm_sw.model.domain import DomainFacts, HostNetwork, Volume
 from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.placement import Unplaceable
 from dgx_kvm_sw.model.platform import Partition
@@ -56,6 +56,31 @@ class CreateVolume:
 
 
 @dataclass(frozen=True)
+class GrowVolume:
+    """Make the disk of a VM that is off as large as the file says."""
+
+    phase: ClassVar[int] = 3
+    vm: str
+    volume: Volume
+
+    def describe(self) -> str:
+        return f"grow disk {self.volume.name} to {self.volume.capacity_mib / 1024:g} GiB"
+
+
+@dataclass(frozen=True)
+class EnsureNetwork:
+    """Make or start a network of ours that this VM needs; others may need it too."""
+
+    phase: ClassVar[int] = 3
+    vm: str
+    network: HostNetwork
+
+    def describe(self) -> str:
+        address = f" ({self.network.address})" if self.network.address else ""
+        return f"make network {self.network.name}{address}"
+
+
+@dataclass(frozen=True)
 class DefineDomain:
     """Define or redefine. `live`: also move the pins of the running domain to the new ones."""
 
@@ -100,15 +125,30 @@ class MarkRestartNeeded:
         return f"{self.vm} runs on with its old definition until it is restarted"
 
 
+@dataclass(frozen=True)
+class RemoveNetwork:
+    """Remove a network of ours that no VM has any more; `vm` is what a row of the plan calls it."""
+
+    phase: ClassVar[int] = 7
+    vm: str
+    network: HostNetwork
+
+    def describe(self) -> str:
+        return f"remove network {self.network.name}"
+
+
 Action = (
     ShutDownDomain
     | ReleasePartition
     | UndefineDomain
     | CreateVolume
+    | GrowVolume
+    | EnsureNetwork
     | DefineDomain
     | PreparePartition
     | StartDomain
     | MarkRestartNeeded
+    | RemoveNetwork
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dgx_kvm_sw.model.pci import CpuSet, PciAddress
-from dgx_kvm_sw.model.spec import Firmware, Network
+from dgx_kvm_sw.model.spec import Firmware, Network, NetworkKind
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ class Hostdev:
 class DomainDisk:
     target: str  # "vda"
     path: str
+    block: bool  # a block device, not a file
     format: str  # "qcow2", "raw"
+    io: str  # "io_uring", "native", "threads"; "" = QEMU's own choice
+    discard: str  # "unmap", "ignore"; "" = QEMU's own choice
     serial: str  # the guest finds it as /dev/disk/by-id/virtio-SERIAL
     queues: int
     iothread: int | None
@@ -92,6 +95,12 @@ class DomainFacts:
     extra_devices: tuple[str, ...] = ()  # devices we never render: "graphics vnc", "hostdev usb"
 
     @property
+    def networks(self) -> set[str]:
+        """Names of the libvirt networks that it is on."""
+        networks = (interface.network for interface in self.interfaces)
+        return {each.source for each in networks if each.kind is NetworkKind.NETWORK}
+
+    @property
     def vcpus(self) -> int:
         return len(self.vcpu_pins)
 
@@ -124,14 +133,46 @@ class DomainStatus:
 
 @dataclass(frozen=True)
 class Volume:
-    """A disk image on the storage pool."""
+    """A disk: an image file on the storage pool, or a logical volume."""
 
-    name: str  # file name in the pool: "hr-train-os.qcow2"
+    name: str  # "hr-train.os.qcow2" on the pool, "dgx-kvm.hr-train.data" of LVM
     path: str
     capacity_mib: int
     format: str
     backing: str = ""  # path of the image it overlays
     backing_format: str = ""
+    source: str = ""  # path of the image it is to be a copy of; what is there does not say
+    source_format: str = ""
+    group: str = ""  # LVM volume group
+
+
+@dataclass(frozen=True)
+class VolumeGroup:
+    """An LVM volume group."""
+
+    name: str
+    extent_mib: int
+    free_mib: int
+    foreign: tuple[str, ...]  # logical volumes that are not ours
+
+
+@dataclass(frozen=True)
+class Space:
+    """The file system that the pool is on."""
+
+    total_mib: int
+    free_mib: int
+
+
+@dataclass(frozen=True)
+class HostNetwork:
+    """A virtual network of libvirt on this host."""
+
+    name: str
+    bridge: str
+    address: str = ""  # of the host on it, "192.168.150.1/24"; "" = it has none
+    ours: bool = True
+    active: bool = True
 
 
 @dataclass(frozen=True)
@@ -139,7 +180,9 @@ class CurrentState:
     """All that libvirt holds."""
 
     domains: tuple[DomainStatus, ...]  # by name
-    volumes: tuple[Volume, ...]  # on our pool, by name
+    volumes: tuple[Volume, ...]  # on our pool and of LVM, by name
+    networks: tuple[HostNetwork, ...] = ()  # by name
+    groups: tuple[VolumeGroup, ...] = ()  # those with disks of ours or to have some
 
     def domain(self, name: str) -> DomainStatus | None:
         return next((domain for domain in self.domains if domain.name == name), None)

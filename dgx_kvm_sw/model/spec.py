@@ -43,6 +43,13 @@ class NetworkKind(StrEnum):
     BRIDGE = "bridge"  # a bridge of the host
     NETWORK = "network"  # a libvirt network
     MACVTAP = "macvtap"  # directly on a network interface of the host
+    NAT = "nat"  # a libvirt network of ours for one tenant, with addresses and a way out
+    ISOLATED = "isolated"  # a libvirt network of ours for one tenant, and nothing else on it
+
+
+class DiskFormat(StrEnum):
+    QCOW2 = "qcow2"
+    RAW = "raw"
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,21 @@ class SourceLine:
 
 @dataclass(frozen=True)
 class Disk:
-    """A data disk made on the storage pool."""
+    """A data disk: a file on the storage pool, or a logical volume."""
 
     name: str
     size_mib: int
+    format: DiskFormat = DiskFormat.QCOW2
+    volume_group: str = ""  # of LVM; "" = on the pool
+
+
+@dataclass(frozen=True)
+class OsDisk:
+    """The disk a VM boots from."""
+
+    size_mib: int
+    copy: bool = False  # of the whole image, and independent of it; else an overlay on it
+    format: DiskFormat = DiskFormat.QCOW2
 
 
 @dataclass(frozen=True)
@@ -69,7 +87,8 @@ class Network:
     """A virtio network interface."""
 
     kind: NetworkKind
-    source: str  # name of the bridge, libvirt network or host interface
+    source: str  # the bridge, libvirt network or host interface; of NAT, perhaps a name
+    vlan: int = 0  # its tag; 0 = none
 
 
 @dataclass(frozen=True)
@@ -88,7 +107,7 @@ class Resources:
     hugepages: Hugepages
     max_queues: int  # cap of virtio queues; queues = min(vCPUs, cap)
     iothreads: int
-    os_disk_mib: int
+    os_disk: OsDisk
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from catalogues import describe
 
 from dgx_kvm_sw.execute import JOURNAL, PREPARED, execute
 from dgx_kvm_sw.guest import images
+from dgx_kvm_sw.host.diskio import disk_io
 from dgx_kvm_sw.model.actions import MarkRestartNeeded
 from dgx_kvm_sw.model.errors import HypervisorError
 from dgx_kvm_sw.reconcile import POOL_PATH, gather
@@ -80,7 +81,7 @@ def test_sixteen_vms_start_as_declared(claimed: ClaimedHost) -> None:
         assert '"size":268435456,"host-nodes":[0],"policy":"bind"}\n' in process.arguments
         assert f'"mq":true,"vectors":{2 * vcpus + 2},' in process.arguments
         assert '"cache":{"direct":true,' in process.arguments
-        assert '"aio":"native"' in process.arguments
+        assert f'"aio":"{disk_io(claimed.site.root)}"' in process.arguments
         pins = {vcpu: str(vcpu % 2) for vcpu in range(vcpus)}
         assert process.vcpu_affinity() == pinned(claimed, name) == pins
         assert process.helper_affinity() == {"0"}

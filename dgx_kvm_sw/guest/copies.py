@@ -1,0 +1,71 @@
+"""Full copies of images, made by qemu-img: under another name until they are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from dgx_kvm_sw.access.files import explained
+from dgx_kvm_sw.access.run import run
+from dgx_kvm_sw.model.domain import Volume
+from dgx_kvm_sw.model.errors import HostError
+
+UNFINISHED = ".part"
+
+_SECONDS = 60.0
+_COPY_SECONDS = 6 * 3600.0
+
+
+def needed_mib(volume: Volume) -> int:
+    """How much of the pool a copy will take at first: an image may be compressed, a copy is not."""
+    formats = ("-f", volume.source_format, "-O", volume.format)
+    said = _qemu_img(("measure", "--output=json", *formats, volume.source), _SECONDS)
+    return -(-int(json.loads(said)["required"]) >> 20)
+
+
+def make(volume: Volume) -> None:
+    """Copy the image; raises HostError and leaves nothing when that fails.
+
+    The caller holds the lock: every unfinished copy is a leftover of one that was killed.
+    """
+    if os.path.lexists(volume.path):
+        return  # an apply that was killed had finished it, or somebody's data are there
+    folder = os.path.dirname(volume.path)
+    part = f"{volume.path}{UNFINISHED}"
+    reserve = ("-o", "preallocation=falloc") if volume.format == "raw" else ()
+    grow = ("--preallocation=falloc",) if volume.format == "raw" else ()
+    formats = ("-f", volume.source_format, "-O", volume.format)
+    size = f"{volume.capacity_mib}M"
+    try:
+        for name in os.listdir(folder):
+            if name.endswith(UNFINISHED):
+                os.unlink(f"{folder}/{name}")
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL, 0o600))  # qemu-img keeps the mode
+        _qemu_img(("convert", "-q", *formats, *reserve, volume.source, part), _COPY_SECONDS)
+        _qemu_img(("resize", "-q", "-f", volume.format, *grow, part, size), _COPY_SECONDS)
+        _sync(part)
+        os.rename(part, volume.path)
+        _sync(folder)
+    except OSError as error:
+        raise explained(error, "make", Path(volume.path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _qemu_img(arguments: tuple[str, ...], seconds: float) -> str:
+    done = run(("qemu-img", *arguments), timeout=seconds)
+    if done.code:
+        reason = " ".join(done.err.split()).removeprefix("qemu-img: ")
+        raise HostError(f"qemu-img {arguments[0]} fails: {reason}", "see whether the disk is full")
+    return done.out
