@@ -79,7 +79,7 @@ def desired_domain(
 
 
 def declared_volumes(vm: VmSpec, around: Surroundings) -> tuple[Volume, ...]:
-    """Return the VM's disks as the file has them: the OS disk, from its image, and the data disks."""
+    """Return the disks as the file has them: the OS disk, from its image, and the data disks."""
     os_disk = vm.resources.os_disk
     image = around.images[vm.image] if vm.image else ("", "")
     origin = ("", "", *image) if os_disk.copy else image
