@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from catalogues import BYTES, add
 from hosts import ALL, SimulatedHost
 
 from dgx_kvm_sw.access.files import Root
+from dgx_kvm_sw.cli.progress import Interrupted, Report
 from dgx_kvm_sw.execute import Event, Stage
 from dgx_kvm_sw.guest import bases, checksums
 from dgx_kvm_sw.guest.images import BASES, IMPORTED, MANIFESTS, catalogue
+from dgx_kvm_sw.model.actions import CreateVolume
+from dgx_kvm_sw.model.domain import Volume
 from dgx_kvm_sw.model.errors import BadFileError, HostError
 
 TWO_FILE_SYSTEMS = pytest.mark.skipif(
@@ -140,6 +144,17 @@ def test_what_a_killed_adoption_has_left_is_in_nobodys_way(root: Root) -> None:
     bases.adopt(root, image)
     assert root.path(image.base).read_bytes() == BYTES
     assert not left_over.exists()
+
+
+def test_an_interruption_while_an_image_is_read_leaves_nothing(root: Root) -> None:
+    image = add(root, "debian-12", bytes(9 << 20))
+    action = CreateVolume("a", Volume("a.os.qcow2", "/a.os.qcow2", 1024, "qcow2", image.base))
+    report = Report((action,), 0)
+    report.signal = signal.SIGINT
+    reading = Event(Stage.UNDER_WAY, action, progress="44 %")
+    with pytest.raises(Interrupted):
+        bases.adopt(root, image, lambda done, total: report(reading))
+    assert root.names(BASES) == []
 
 
 # -- removal ------------------------------------------------------------------------------------
