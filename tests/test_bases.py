@@ -14,7 +14,7 @@ from hosts import ALL, SimulatedHost
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.cli.progress import Interrupted, Report
-from dgx_kvm_sw.execute import Event, Stage
+from dgx_kvm_sw.execute import Event, Stage, execute
 from dgx_kvm_sw.guest import bases, checksums
 from dgx_kvm_sw.guest.images import BASES, IMPORTED, MANIFESTS, catalogue
 from dgx_kvm_sw.model.actions import CreateVolume
@@ -234,6 +234,28 @@ def test_a_newer_image_is_for_new_disks_and_no_news(at: SimulatedHost) -> None:
     at.settle()
     assert backings(at) == {"a.os.qcow2": old.base, "b.os.qcow2": new.base}
     assert not at.plan().pending
+
+
+def test_a_disk_over_another_base_than_its_definition_says_is_not_started(
+    at: SimulatedHost,
+) -> None:
+    """As when the disk of an earlier VM of this name is put back."""
+    old = add(at.root, "debian-12", b"old", version="1")
+    at.declare("name: a, gpus: 0, image: debian-12, state: stopped")
+    at.settle()
+    earlier = f"{BASES}/debian-12-0123456789ab.qcow2"
+    saved = at.root.read("/libvirt/volumes/a.os.qcow2")
+    at.root.write("/libvirt/volumes/a.os.qcow2", saved.replace(old.base, earlier))
+    at.plan()
+    with at.hypervisor() as hypervisor:
+        starting, platform = at.situation.start_actions("a"), at.situation.platform
+        ((_, error),) = execute(at.site, hypervisor, platform, starting, {}).failures
+    assert f"a.os.qcow2 lies over {earlier}, its definition says {old.base}" in error.message
+    assert not at.domain("a").running
+    at.declare("name: a, gpus: 0, image: debian-12")
+    at.settle()
+    assert at.domain("a").running
+    assert at.domain("a").facts.disks[0].backing == earlier
 
 
 def test_another_image_in_the_file_changes_no_disk(at: SimulatedHost) -> None:
