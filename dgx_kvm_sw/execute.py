@@ -138,6 +138,7 @@ class _Run:
     failures: list[tuple[Action, DgxKvmError]] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
     held: dict[PciAddress, str] = field(default_factory=dict)
+    moved: dict[str, str] = field(default_factory=dict)  # by VM: which disk, in a sentence
     starting: dict[str, PreparePartition] = field(default_factory=dict)  # by VM
 
     def all(self, actions: tuple[Action, ...]) -> Outcome:
@@ -160,6 +161,7 @@ class _Run:
             chains.setdefault(action.vm, []).append(action)
         if phase == PreparePartition.phase:
             self.held = self._running_devices()
+            self.moved = self._moved_disks()
         if phase in (ShutDownDomain.phase, StartDomain.phase) and len(chains) > 1:
             with ThreadPoolExecutor(min(_PARALLEL, len(chains))) as pool:
                 list(pool.map(self._chain, chains.values()))
@@ -265,6 +267,9 @@ class _Run:
         """Make the partition ready and leave the mark without which the qemu hook, and we
         ourselves, start no VM. Nothing of it may touch a device that a running domain holds.
         """
+        if moved := self.moved.get(action.vm):
+            hint = "run `dgx-kvm apply`: it takes the disk as it is"
+            raise HostError(f"{action.vm} is not started: {moved}", hint)
         for device in sorted(action.devices):
             holder = self.held.setdefault(device, action.vm)  # atomic: VMs start side by side
             if holder != action.vm:
@@ -295,6 +300,21 @@ class _Run:
                 facts = domainxml.parse(domain.live)
                 held.update({hostdev.source: facts.name for hostdev in facts.hostdevs})
         return held
+
+    def _moved_disks(self) -> dict[str, str]:
+        """VMs whose definition names another backing file than their disk does: somebody has put
+        an older disk back, say. A guest that sees a wrong file below its own data destroys it.
+        """
+        backings = {v.path: v.backing for v in self.hypervisor.volumes(fresh=True)}
+        found = {}
+        for domain in self.hypervisor.domains():
+            if domain.name in self.starting:
+                for disk in domainxml.parse(domain.inactive).disks:
+                    have = backings.get(disk.path, disk.backing)
+                    if disk.backing and have != disk.backing:
+                        lies = f"lies over {have or 'nothing'}, its definition says {disk.backing}"
+                        found[domain.name] = f"disk {disk.path} {lies}"
+        return found
 
     # -- telling ----------------------------------------------------------------------------
 

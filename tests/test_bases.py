@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from catalogues import BYTES, add
 from hosts import ALL, SimulatedHost
 
 from dgx_kvm_sw.access.files import Root
-from dgx_kvm_sw.execute import Event, Stage
+from dgx_kvm_sw.cli.progress import Interrupted, Report
+from dgx_kvm_sw.execute import Event, Stage, execute
 from dgx_kvm_sw.guest import bases, checksums
 from dgx_kvm_sw.guest.images import BASES, IMPORTED, MANIFESTS, catalogue
+from dgx_kvm_sw.model.actions import CreateVolume
+from dgx_kvm_sw.model.domain import Volume
 from dgx_kvm_sw.model.errors import BadFileError, HostError
 
 TWO_FILE_SYSTEMS = pytest.mark.skipif(
@@ -142,6 +146,17 @@ def test_what_a_killed_adoption_has_left_is_in_nobodys_way(root: Root) -> None:
     assert not left_over.exists()
 
 
+def test_an_interruption_while_an_image_is_read_leaves_nothing(root: Root) -> None:
+    image = add(root, "debian-12", bytes(9 << 20))
+    action = CreateVolume("a", Volume("a.os.qcow2", "/a.os.qcow2", 1024, "qcow2", image.base))
+    report = Report((action,), 0)
+    report.signal = signal.SIGINT
+    reading = Event(Stage.UNDER_WAY, action, progress="44 %")
+    with pytest.raises(Interrupted):
+        bases.adopt(root, image, lambda done, total: report(reading))
+    assert root.names(BASES) == []
+
+
 # -- removal ------------------------------------------------------------------------------------
 
 
@@ -219,6 +234,28 @@ def test_a_newer_image_is_for_new_disks_and_no_news(at: SimulatedHost) -> None:
     at.settle()
     assert backings(at) == {"a.os.qcow2": old.base, "b.os.qcow2": new.base}
     assert not at.plan().pending
+
+
+def test_a_disk_over_another_base_than_its_definition_says_is_not_started(
+    at: SimulatedHost,
+) -> None:
+    """As when the disk of an earlier VM of this name is put back."""
+    old = add(at.root, "debian-12", b"old", version="1")
+    at.declare("name: a, gpus: 0, image: debian-12, state: stopped")
+    at.settle()
+    earlier = f"{BASES}/debian-12-0123456789ab.qcow2"
+    saved = at.root.read("/libvirt/volumes/a.os.qcow2")
+    at.root.write("/libvirt/volumes/a.os.qcow2", saved.replace(old.base, earlier))
+    at.plan()
+    with at.hypervisor() as hypervisor:
+        starting, platform = at.situation.start_actions("a"), at.situation.platform
+        ((_, error),) = execute(at.site, hypervisor, platform, starting, {}).failures
+    assert f"a.os.qcow2 lies over {earlier}, its definition says {old.base}" in error.message
+    assert not at.domain("a").running
+    at.declare("name: a, gpus: 0, image: debian-12")
+    at.settle()
+    assert at.domain("a").running
+    assert at.domain("a").facts.disks[0].backing == earlier
 
 
 def test_another_image_in_the_file_changes_no_disk(at: SimulatedHost) -> None:

@@ -101,6 +101,19 @@ def test_vms_that_use_an_image_are_counted(bare: Host) -> None:
     assert "VMs:         a, b\n" in bare("image show debian-12").out
 
 
+def test_vms_on_an_older_version_are_told_apart(bare: Host) -> None:
+    add(bare.root, "debian-12", b"old", version="1")
+    declare(bare, ("a", "debian-12"))
+    bare("apply")
+    add(bare.root, "debian-12", b"new", version="2")
+    declare(bare, ("a", "debian-12"), ("b", "debian-12"))
+    bare("apply")
+    said = bare("image show debian-12").out
+    assert "VMs:         b\nothers on:   another version: a\n" in said
+    (found,) = bare("image list --json").json["images"]
+    assert (found["vms"], found["vms_on_other_versions"]) == (["b"], ["a"])
+
+
 def test_show_tells_all(bare: Host) -> None:
     image = add(bare.root, "debian-12", os="debian", release="12", kernel="6.1.0-41-amd64")
     said = bare("image show debian-12").out

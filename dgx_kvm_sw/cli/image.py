@@ -53,6 +53,7 @@ class _Row:
     fault: Fault | None
     state: str
     vms: tuple[str, ...]  # whose disks lie on it
+    vms_elsewhere: tuple[str, ...]  # whose disks lie on another version of it
     verified: bool  # somebody has read the file as it is now, and it was as it has to be
 
     def json(self) -> dict[str, Any]:
@@ -65,6 +66,7 @@ class _Row:
             "remedy": self.fault.remedy if self.fault else "",
             "verified": self.verified,
             "vms": list(self.vms),
+            "vms_on_other_versions": list(self.vms_elsewhere),
         }
 
 
@@ -74,14 +76,23 @@ def _rows(site: Site, found: Catalogue) -> list[_Row]:
     for name in sorted(found.names):
         each, fault = found.images.get(name), found.faults.get(name)
         verified = bool(each) and not fault and _is_verified(site, each, memory)
-        vms = tuple(sorted(users.get(each.base, ()))) if each else ()
         state = fault.state if fault else "ok" if verified else "ok, not verified yet"
-        rows.append(_Row(name, each, fault, state, vms, verified))
+        base = each.base if each else ""
+        rows.append(_Row(name, each, fault, state, *_vms(users, name, base), verified))
     for each in found.older:
         state = f"not used: there is {found.images[each.name].version}"
-        vms = tuple(sorted(users.get(each.base, ())))
-        rows.append(_Row(each.name, each, None, state, vms, False))
+        rows.append(_Row(each.name, each, None, state, *_vms(users, each.name, each.base), False))
     return rows
+
+
+def _vms(
+    users: Mapping[str, set[str]], name: str, base: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The VMs on this base, and those on other bases of the image."""
+    others = {
+        vm for path, who in users.items() if _is_of(path, name) and path != base for vm in who
+    }
+    return tuple(sorted(users.get(base, ()))), tuple(sorted(others))
 
 
 def _is_verified(site: Site, each: Image | None, memory: checksums.Remembered) -> bool:
@@ -166,6 +177,9 @@ def _description(row: _Row) -> Iterator[str]:
             "from": "an import" if each.imported else f"package {each.package}".rstrip(),
         }
     facts |= {"state": row.state, "VMs": listed(row.vms) or "none"}
+    facts["others on"] = (
+        f"another version: {listed(row.vms_elsewhere)}" if row.vms_elsewhere else ""
+    )
     if row.fault:
         facts |= {"problem": row.fault.reason, "what to do": row.fault.remedy}
     for key, value in facts.items():

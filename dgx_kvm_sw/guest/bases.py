@@ -155,12 +155,9 @@ def partial_file(root: Root) -> Iterator[tuple[BinaryIO, Path]]:
     killed command has left is removed first.
     """
     make_folder(root)
-    folder = root.path(BASES)
     with images_locked(root):
-        for name in root.names(BASES):
-            if name.startswith(_PARTIAL):
-                _remove_left_over(folder / name)
-        descriptor, path = tempfile.mkstemp(prefix=_PARTIAL, dir=folder)
+        _remove_left_overs(root)
+        descriptor, path = tempfile.mkstemp(prefix=_PARTIAL, dir=root.path(BASES))
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     with os.fdopen(descriptor, "wb", buffering=0) as stream:
         try:
@@ -169,13 +166,15 @@ def partial_file(root: Root) -> Iterator[tuple[BinaryIO, Path]]:
             Path(path).unlink(missing_ok=True)
 
 
-def _remove_left_over(path: Path) -> None:
-    with path.open("rb") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        path.unlink(missing_ok=True)
+def _remove_left_overs(root: Root) -> None:
+    """Remove what killed imports have left; nobody holds a lock on it any more."""
+    for path in root.path(BASES).glob(f"{_PARTIAL}*"):
+        with path.open("rb") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            path.unlink(missing_ok=True)
 
 
 def images_locked(root: Root) -> AbstractContextManager[None]:
@@ -208,6 +207,7 @@ def remove_unneeded(root: Root, needed: Collection[str]) -> tuple[str, ...]:
     """
     removed = []
     with images_locked(root):
+        _remove_left_overs(root)
         found = images.catalogue(root)
         if found.problems:
             return ()
