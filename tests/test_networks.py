@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hosts import ALL, SimulatedHost
@@ -10,7 +11,9 @@ from hosts import ALL, SimulatedHost
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.decide import networks
 from dgx_kvm_sw.decide.networks import HostNetworking, on_host
-from dgx_kvm_sw.guest import networkxml
+from dgx_kvm_sw.guest import domainxml, networkxml
+from dgx_kvm_sw.guest.domainxml import LibvirtFeatures
+from dgx_kvm_sw.guest.templates import Templates
 from dgx_kvm_sw.host.networking import filtering_bridges, routes
 from dgx_kvm_sw.model.domain import HostNetwork
 from dgx_kvm_sw.model.spec import Network, NetworkKind
@@ -90,6 +93,22 @@ def test_a_bridge_tags_vlans_only_where_it_can(at: SimulatedHost) -> None:
     assert "libvirt 9.0 cannot put VLAN 20 on bridge br0" in refusal(9_000_000, "br0")
     assert "bridge br0 does not filter VLANs" in refusal(11_000_000)
     assert refusal(11_000_000, "br0") == ""
+
+
+def test_a_vlan_survives_xml_and_libvirt_takes_it(at: SimulatedHost) -> None:
+    at.declare("name: a, gpus: 0, networks: [{bridge: br0}]")
+    at.settle()
+    facts = at.domain("a").facts
+    tagged = tuple(
+        replace(each, network=replace(each.network, vlan=20)) for each in facts.interfaces
+    )
+    wanted = replace(facts, interfaces=tagged)
+    features = LibvirtFeatures(allocation_threads=True, maxphysaddr=True)
+    definition = domainxml.render(Templates(at.root), wanted, features)
+    assert definition.facts == wanted
+    with at.hypervisor() as hypervisor:
+        hypervisor.define("a", definition.xml)
+    assert at.domain("a").facts == wanted
 
 
 def test_the_kernel_tells_routes_and_filtering_bridges(at: SimulatedHost) -> None:

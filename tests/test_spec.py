@@ -21,6 +21,7 @@ from dgx_kvm_sw.model.errors import BadFileError, HostError
 from dgx_kvm_sw.model.spec import (
     SIZES,
     Disk,
+    DiskFormat,
     Firmware,
     HostShare,
     Hugepages,
@@ -95,6 +96,48 @@ vms:
     assert (gets.cpus, gets.memory, gets.nics, gets.drives) == (20, 160 * 1024, 1, Share(0.5))
     assert (gets.nvswitches, gets.hugepages, gets.max_queues) == (False, Hugepages.MIB2, 6)
     assert (gets.iothreads, gets.os_disk.size_mib) == (3, 1536 * 1024)
+
+
+def test_kinds_of_disks_and_networks(host: Host) -> None:
+    vm = host.vm(
+        "gpus: 0, disks: [{name: a, size: 1GiB, format: raw}, {name: b, size: 1GiB, lvm: vg}],"
+        " networks: [{nat: true}, {nat: own}, {isolated: lab}, {bridge: br0, vlan: 7}]"
+    )
+    assert vm.disks == (Disk("a", 1024, DiskFormat.RAW), Disk("b", 1024, DiskFormat.RAW, "vg"))
+    assert vm.networks == (
+        Network(NetworkKind.NAT, ""),
+        Network(NetworkKind.NAT, "own"),
+        Network(NetworkKind.ISOLATED, "lab"),
+        Network(NetworkKind.BRIDGE, "br0", 7),
+    )
+
+
+def test_parts_of_an_os_disk_come_from_where_they_are_said(host: Host) -> None:
+    """From the VM, else from defaults, else from the file of its size (50 GiB)."""
+    defaults = "version: 1\ndefaults: {os_disk: {from: copy, format: raw}}\n"
+    vms = "vms: [{name: a, gpus: 1}, {name: b, gpus: 1, os_disk: 9GiB}, "
+    last = "{name: c, gpus: 1, os_disk: {format: qcow2}}]\n"
+    found = [vm.resources.os_disk for vm in host.load(defaults + vms + last).vms]
+    assert found == [
+        OsDisk(50 * 1024, True, DiskFormat.RAW),
+        OsDisk(9 * 1024, True, DiskFormat.RAW),
+        OsDisk(50 * 1024, True, DiskFormat.QCOW2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message", "hint"),
+    [
+        ("image: i, os_disk: {format: raw}", "a raw disk cannot be an overlay", "from: copy"),
+        ("disks: [{name: a, size: 1GiB, lvm: v, format: qcow2}]", "a logical volume is raw", ""),
+        ("networks: [{macvtap: eno1, vlan: 5}]", "macvtap puts no VLAN tags", "eno1.5"),
+        ("networks: [{nat: true, vlan: 5}]", "goes with bridge only", "remove it"),
+    ],
+)
+def test_what_cannot_go_together(host: Host, keys: str, message: str, hint: str) -> None:
+    problem = host.vm_problem(f"gpus: 0, {keys}")
+    assert message in problem.message
+    assert hint in problem.hint
 
 
 def test_a_size_template_gives_what_a_vm_does_not_say(host: Host) -> None:

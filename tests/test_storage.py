@@ -115,10 +115,10 @@ def test_a_copy_says_what_it_needs_and_replaces_nothing(tmp_path: Path) -> None:
 # device mapper has no other. What would write to the device is a stand-in that tells of its call.
 
 LVM_CONF = """\
-activation { activation = 0 monitoring = 0 }
+activation { monitoring = 0 }
 devices { dir = "/dev" use_devicesfile = 0 filter = [ "a|^%s$|", "r|.*|" ] scan = [ "/dev" ] }
 backup { backup = 0 archive = 0 }
-global { use_lvmpolld = 0 locking_dir = "%s" }
+global { activation = 0 use_lvmpolld = 0 locking_dir = "%s" }
 """
 
 

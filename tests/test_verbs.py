@@ -376,6 +376,18 @@ def test_a_simulated_vm_has_no_console(eight: Host) -> None:
     assert "has no console" in eight("console vm-0").err
 
 
+def test_a_network_comes_and_goes_with_a_vm_of_create(eight: Host) -> None:
+    eight.declare("version: 1\n")
+    assert eight("create one --gpus 0 --network nat=true").code == 0
+    assert eight("create two --gpus 0 --network nat=true").code == 0
+    saved = eight.directory / "libvirt/networks"
+    assert [path.name for path in saved.iterdir()] == ["dgx-kvm-nat.json"]
+    assert eight("delete one --stop --delete-disks").code == 0
+    assert len(list(saved.iterdir())) == 1
+    assert eight("delete two --stop --delete-disks").code == 0
+    assert list(saved.iterdir()) == []
+
+
 def test_create_and_delete_leave_nothing_behind(eight: Host) -> None:
     eight.declare(EIGHT.replace("gpus: 2", "gpus: 1"))
     eight("apply")

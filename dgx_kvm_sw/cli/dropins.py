@@ -8,6 +8,7 @@ import os.path
 import re
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.cli import plans
@@ -15,9 +16,10 @@ from dgx_kvm_sw.cli.output import counted, listed, say, view_of
 from dgx_kvm_sw.cli.progress import Report, carry_out, exit_code, result
 from dgx_kvm_sw.cli.session import Session, gathered, hold, site_of
 from dgx_kvm_sw.decide.domain import own_disks
+from dgx_kvm_sw.decide.networks import needed, unused
 from dgx_kvm_sw.decide.plan import Intent
 from dgx_kvm_sw.execute import Power
-from dgx_kvm_sw.model.actions import UndefineDomain, Verb
+from dgx_kvm_sw.model.actions import RemoveNetwork, UndefineDomain, Verb
 from dgx_kvm_sw.model.domain import DomainStatus
 from dgx_kvm_sw.model.errors import BadFileError, DgxKvmError, UsageError
 from dgx_kvm_sw.reconcile import Site, Situation
@@ -146,7 +148,7 @@ def _text(args: Namespace) -> str:
         lines.append(f"    pin: [{pins}]")
     disks = [(json.dumps(name), json.dumps(size)) for name, size in args.disks]
     lines += _list("disks", [f"name: {name}, size: {size}" for name, size in disks])
-    networks = [(json.dumps(kind), json.dumps(name)) for kind, name in args.networks]
+    networks = [(json.dumps(kind), _source(kind, name)) for kind, name in args.networks]
     lines += _list("networks", [f"{kind}: {name}" for kind, name in networks])
     if args.stopped:
         lines.append("    state: stopped")
@@ -155,6 +157,11 @@ def _text(args: Namespace) -> str:
 
 def _list(key: str, items: list[str]) -> list[str]:
     return [f"    {key}:", *(f"      - {{{item}}}" for item in items)] if items else []
+
+
+def _source(kind: str, name: str) -> str:
+    """The value of a network; only NAT knows one that is no name."""
+    return name if (kind, name) == ("nat", "true") else json.dumps(name)
 
 
 def _number(text: str) -> str:
@@ -203,6 +210,16 @@ def _check_is_from_create(situation: Situation, name: str, file: str) -> None:
         )
 
 
+def _removals(situation: Situation, name: str) -> Iterator[RemoveNetwork]:
+    """Remove the networks that nobody has without this VM."""
+    others = [vm for vm in situation.spec.vms if vm.name != name]
+    current = situation.current
+    domains = tuple(domain for domain in current.domains if domain.name != name)
+    names = needed(others, current.networks, ())
+    for network in unused(replace(current, domains=domains), names):
+        yield RemoveNetwork(f"network {network.name}", network)
+
+
 def _take_down(session: Session, held: DomainStatus, args: Namespace) -> Report:
     if held.running and not args.stop:
         raise DgxKvmError(f"{held.name} is running", "--stop shuts it down first")
@@ -211,6 +228,7 @@ def _take_down(session: Session, held: DomainStatus, args: Namespace) -> Report:
     actions = (
         *session.situation.stop_actions(held.name),
         UndefineDomain(held.name, held.facts.uuid, doomed),
+        *_removals(session.situation, held.name),
     )
     power = Power(args.timeout, args.force)
     report = carry_out(session, actions, power, quiet=args.quiet)

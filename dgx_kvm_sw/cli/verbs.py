@@ -169,7 +169,12 @@ def _create(parser: Parser) -> None:
     add("--image", "IMAGE", "the guest image of its OS disk; without it the disk is empty")
     add("--tenant", "TENANT", "the tenant it belongs to")
     add_each("--disk", "NAME=SIZE", "a data disk, like data=500GiB; may be repeated", "disks")
-    add_each("--network", "KIND=NAME", "a network, like bridge=br0; may be repeated", "networks")
+    add_each(
+        "--network",
+        "KIND=NAME",
+        "a network, like bridge=br0 or nat=true; may be repeated",
+        "networks",
+    )
     add("--pin", "GPUS", "these very GPUs: indexes like 8,9, or PCI addresses")
     parser.add_argument("--stopped", action="store_true", help="do not start it")
     _wait(parser)

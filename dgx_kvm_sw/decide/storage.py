@@ -88,8 +88,8 @@ def overcommitment(
     if not any(not volume.group for volume in new) or promised <= space.total_mib:
         return ""
     return (
-        f"the disks on the storage pool may grow to {_gib(promised)} GiB together, and its file"
-        f" system has {_gib(space.total_mib)} GiB: a VM whose disk cannot grow pauses"
+        f"the disks on the storage pool may grow to {_size(promised)} together, and its file"
+        f" system has {_size(space.total_mib)}: a VM whose disk cannot grow pauses"
     )
 
 
@@ -100,7 +100,7 @@ def _least_mib(volume: Volume, copies: Mapping[str, int]) -> int:
 
 
 def _short(vm: str, where: str, need: int, free: int, hint: str) -> Unplaceable:
-    reason = f"its new disks need {_gib(need)} GiB of {where}, which has {_gib(free)} GiB free"
+    reason = f"its new disks need {_size(need)} of {where}, which has {_size(free)} free"
     return Unplaceable(vm, (reason,), (hint,))
 
 
@@ -114,5 +114,5 @@ def _foreign(vm: str, volume: Volume) -> Unplaceable:
     return Unplaceable(vm, (reason,), ("rename it with `lvrename`, or rename the VM's disk",))
 
 
-def _gib(mib: int) -> str:
-    return f"{mib / 1024:.1f}".removesuffix(".0")
+def _size(mib: int) -> str:
+    return f"{mib / 1024:.1f}".removesuffix(".0") + " GiB" if mib >= 1024 else f"{mib} MiB"

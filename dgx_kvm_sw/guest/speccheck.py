@@ -203,7 +203,7 @@ def _impossible_vlans(sections: Sequence[tuple[Document, Path]]) -> Iterator[Pro
                 message = "macvtap puts no VLAN tags on what the guest sends"
                 hint = f"make a VLAN interface and name that: `macvtap: {under}.{tag}`"
                 yield document.problem(place, message, hint)
-            elif "vlan" in network and "bridge" not in network:
+            elif "vlan" in network and {"network", "nat", "isolated"} & network.keys():
                 yield document.problem(place, "goes with bridge only", "remove it")
 
 
