@@ -45,7 +45,7 @@ def test_a_disk_that_is_there_stays_what_it_is(at: SimulatedHost) -> None:
     at.declare(vm % ", format: raw")
     plan = at.plan()
     assert plan.actions == ()
-    assert "a.d.qcow2 stays where it is; the file says raw on the pool" in plan.notes[0]
+    assert "a.d.qcow2 stays what it is; the file says raw on the pool" in plan.notes[0]
 
 
 @pytest.mark.parametrize(

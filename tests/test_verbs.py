@@ -407,7 +407,7 @@ def test_create_and_delete_leave_nothing_behind(eight: Host) -> None:
     again = eight("create lab --gpus 2")
     assert again.code == 0
     assert f"Note: lab takes the disk {POOL_PATH}/lab.os.qcow2 as it is\n" in again.out
-    assert "lab.os.qcow2 overlays" in again.out  # what plan would note too
+    assert "lab.os.qcow2 was made from" in again.out  # what plan would note too
     gone = eight("delete lab --stop --delete-disks")
     assert gone.out == f"Its disks are deleted:\n  {POOL_PATH}/lab.os.qcow2\nDone: 1 deleted.\n"
     assert _state(eight) - {"/libvirt/volumes/lab.data.qcow2"} == before
