@@ -6,11 +6,11 @@ import contextlib
 import difflib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.decide.changes import same
-from dgx_kvm_sw.decide.domain import Surroundings, desired_domain, desired_volumes
+from dgx_kvm_sw.decide.domain import Surroundings, desired_domain, desired_volumes, seed_path
 from dgx_kvm_sw.decide.fit import Inputs
 from dgx_kvm_sw.decide.holdings import holdings_of
 from dgx_kvm_sw.decide.placement import place
@@ -24,7 +24,9 @@ from dgx_kvm_sw.decide.plan import (
     stop_actions,
 )
 from dgx_kvm_sw.decide.search import gpu_indexes
+from dgx_kvm_sw.decide.seed import desired_seed
 from dgx_kvm_sw.guest import domainxml, images
+from dgx_kvm_sw.guest import seed as guest_seed
 from dgx_kvm_sw.guest import spec as spec_file
 from dgx_kvm_sw.guest.templates import Templates
 from dgx_kvm_sw.host import health as host_health
@@ -37,6 +39,7 @@ from dgx_kvm_sw.model.health import HealthReport
 from dgx_kvm_sw.model.pci import CpuSet, PciAddress
 from dgx_kvm_sw.model.placement import Placement, Placements, Unplaceable
 from dgx_kvm_sw.model.platform import Partition, Platform
+from dgx_kvm_sw.model.seed import Seed, SeedState
 from dgx_kvm_sw.model.spec import HostSpec, VmSpec
 from dgx_kvm_sw.model.topology import Topology
 
@@ -109,6 +112,7 @@ class Situation:
     definitions: dict[str, DomainDef]  # by VM: those to be defined anew
     notes: tuple[str, ...]
     site: Site
+    seeds: dict[str, Seed] = field(default_factory=dict)  # by VM: those to be written anew
 
     @property
     def spec(self) -> HostSpec:
@@ -129,7 +133,7 @@ class Situation:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A digest of every input: file, templates, devices, health, and what libvirt holds."""
-        wanted = [want.facts for want in self.desired]
+        wanted = [(want.facts, want.seed) for want in self.desired]
         devices = self.topology.devices()
         return digest(self.spec.digest, wanted, devices, self.health, self.current)
 
@@ -156,7 +160,7 @@ class Situation:
     def start_actions(self, name: str) -> tuple[Action, ...]:
         """Start a VM with the definition libvirt holds; nothing for one that runs."""
         held = self.domain(name)
-        return () if held.running else start_actions(held.facts, self._partition(held.facts))
+        return () if held.running else self._start_actions(held)
 
     def stop_actions(self, name: str) -> tuple[Action, ...]:
         held = self.domain(name)
@@ -165,10 +169,26 @@ class Situation:
     def restart_actions(self, name: str) -> tuple[Action, ...]:
         """Stop and start a VM; the start takes whatever definition libvirt holds by then."""
         held = self.domain(name)
-        return (*self.stop_actions(name), *start_actions(held.facts, self._partition(held.facts)))
+        return (*self.stop_actions(name), *self._start_actions(held))
+
+    def _start_actions(self, held: DomainStatus) -> tuple[Action, ...]:
+        wanted = (want for want in self.desired if want.facts.name == held.name)
+        write = next((want.seed_actions for want in wanted), ())
+        return (*write, *start_actions(held.facts, self._partition(held.facts)))
 
     def _partition(self, facts: DomainFacts) -> Partition | None:
         return self.platform.with_gpus(gpu_indexes(self.topology, devices_of(facts)))
+
+    def seed(self, name: str) -> Seed | None:
+        """The seed that a declared VM is to have; None where it has none or we may not know."""
+        vm = next((vm for vm in self.spec.vms if vm.name == name), None)
+        want = next((want for want in self.desired if want.facts.name == name), None)
+        if vm is None:
+            self.domain(name)  # says what there is of this name, if anything
+        if vm is None or want is None or want.seed is None:
+            return None
+        facts = desired_seed(vm, self.site.machine_id(), want.facts.uuid)
+        return self.seeds.get(name) or guest_seed.render(Templates(self.site.root), facts)
 
     def sample_vm(self, gpus: int) -> VmSpec:
         """A VM of this size that says nothing more of itself, to ask what would still fit."""
@@ -198,22 +218,27 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
         template_digests={
             name: templates.digest(name) for name in sorted({vm.template for vm in ours.vms})
         },
+        cloud_init=frozenset(catalogue.images),
     )
     features = domainxml.LibvirtFeatures.of(hypervisor.version)
-    desired, definitions = [], {}
+    desired, definitions, seeds = [], {}, {}
     for vm in ours.vms:
         if placement := placements.of(vm.name):
             want = _desired(vm, placement, inputs, current, around)
+            want, seed = _seeded(site.root, templates, vm, want, around)
+            if seed:
+                seeds[vm.name] = seed
             want, definition = _rendered(templates, want, current, features)
             desired.append(want)
             if definition:
                 definitions[vm.name] = definition
     notes = (*catalogue.problems, *_disk_notes(desired, current))
+    notes += (*_seed_notes(desired, seeds, current), *_unread(ours, around))
     refused = tuple(_template_conflicts(desired, placements, inputs))
     placements = replace(placements, unplaceable=(*placements.unplaceable, *refused))
     names = {each.vm for each in refused}
     kept = tuple(want for want in desired if want.facts.name not in names)
-    return Situation(inputs, current, placements, kept, definitions, notes, site)
+    return Situation(inputs, current, placements, kept, definitions, notes, site, seeds)
 
 
 def _template_conflicts(
@@ -326,6 +351,46 @@ def _rendered(
         return want, None
     definition = domainxml.render(templates, want.facts, features)
     return replace(want, facts=definition.facts), definition
+
+
+def _seeded(
+    root: Root, templates: Templates, vm: VmSpec, want: Desired, around: Surroundings
+) -> tuple[Desired, Seed | None]:
+    """Compare the VM's seed with what it is to be, and render one that is to be written."""
+    held = guest_seed.held_digest(root, seed_path(vm.name, around.pool_path))
+    if vm.image not in around.cloud_init or not vm.first_boot.complete or held is None:
+        return want, None
+    facts = desired_seed(vm, around.machine_id, want.facts.uuid)
+    state = SeedState(held, guest_seed.seed_digest(templates, facts))
+    seed = guest_seed.render(templates, facts) if state.stale else None
+    return replace(want, seed=state), seed
+
+
+def _seed_notes(
+    desired: list[Desired], seeds: dict[str, Seed], current: CurrentState
+) -> Iterator[str]:
+    for want in desired:
+        name = want.facts.name
+        held = current.domain(name)
+        if name in seeds and held and held.running:
+            yield (
+                f"{name}: its first boot settings have changed, which only a guest feels that"
+                " boots for the first time; they are written before its next start"
+            )
+        elif name in seeds and not (seeds[name].facts.ssh_keys or seeds[name].facts.user_data):
+            yield f"{name}: nobody can log in; give it ssh_keys in the file"
+
+
+def _unread(spec: HostSpec, around: Surroundings) -> Iterator[str]:
+    """Name VMs for which the file asks what nobody does in a guest that we know nothing of."""
+    for vm in spec.vms:
+        asked = [disk.mount for disk in vm.disks if disk.mount]
+        asked += [text for each in vm.first_boot.addressing for text in each.addresses]
+        if asked and vm.image not in around.cloud_init:
+            yield (
+                f"{vm.name}: {', '.join(asked)} will not be set up in the guest, as it is not made"
+                " from an image with cloud-init"
+            )
 
 
 def summary(placement: Placement, topology: Topology) -> str:

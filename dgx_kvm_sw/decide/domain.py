@@ -29,6 +29,7 @@ class Surroundings:
     pool_path: str
     images: dict[str, tuple[str, str]]  # image name -> path and format of its file
     template_digests: dict[str, str]  # template name -> digest
+    cloud_init: frozenset[str]  # images whose guests read a seed
 
 
 def domain_uuid(machine_id: str, name: str) -> str:
@@ -63,10 +64,10 @@ def desired_domain(
         mmio64_mib=mmio64_mib(devices),
         controllers=controllers,
         hostdevs=hostdevs,
-        disks=_disks(vm, around.pool_path, queues),
+        disks=(*_disks(vm, around.pool_path, queues), *_seed_disk(vm, around)),
         interfaces=tuple(
-            Interface(_mac(identity, number), network, queues)
-            for number, network in enumerate(vm.networks)
+            Interface(mac, network, queues)
+            for mac, network in zip(interface_macs(vm, around.machine_id), vm.networks, strict=True)
         ),
         on_reboot="destroy",
     )
@@ -90,9 +91,19 @@ def volume_prefix(vm: str) -> str:
 
 def own_disks(domain: DomainStatus, volumes: tuple[Volume, ...]) -> tuple[str, ...]:
     """Return paths of the domain's own disks: a site's template may attach what others use too."""
-    attached = {disk.path for disk in domain.facts.disks}
+    attached = {disk.path for disk in domain.facts.disks if not disk.cdrom}
     prefix = volume_prefix(domain.name)
     return tuple(v.path for v in volumes if v.path in attached and v.name.startswith(prefix))
+
+
+def seed_path(vm: str, pool_path: str) -> str:
+    return f"{pool_path}/{volume_prefix(vm)}seed.iso"
+
+
+def interface_macs(vm: VmSpec, machine_id: str) -> tuple[str, ...]:
+    """Return the MAC address of each network of a VM."""
+    identity = domain_uuid(machine_id, vm.name)
+    return tuple(_mac(identity, number) for number in range(len(vm.networks)))
 
 
 def _volume_name(vm: str, disk: str) -> str:
@@ -113,6 +124,14 @@ def _disks(vm: VmSpec, pool_path: str, queues: int) -> tuple[DomainDisk, ...]:
         )
         for number, disk in enumerate(names)
     )
+
+
+def _seed_disk(vm: VmSpec, around: Surroundings) -> tuple[DomainDisk, ...]:
+    """The CD with the seed. It stays for good: a cloud-init that misses it begins anew."""
+    if vm.image not in around.cloud_init:
+        return ()
+    path = seed_path(vm.name, around.pool_path)
+    return (DomainDisk("sda", path, "raw", "", queues=1, iothread=None, cdrom=True),)
 
 
 def _cells(cells: tuple[GuestCell, ...], topology: Topology) -> tuple[Cell, ...]:

@@ -21,11 +21,13 @@ from dgx_kvm_sw.model.actions import (
     UndefineDomain,
     Verb,
     VmPlan,
+    WriteSeed,
 )
 from dgx_kvm_sw.model.domain import CurrentState, DomainFacts, DomainStatus, Volume
 from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.placement import Unplaceable
 from dgx_kvm_sw.model.platform import Partition
+from dgx_kvm_sw.model.seed import SeedState
 from dgx_kvm_sw.model.spec import PowerState
 from dgx_kvm_sw.model.topology import Topology
 
@@ -51,10 +53,17 @@ class Desired:
     partition: Partition | None
     state: PowerState
     summary: str  # one line for a person
+    seed: SeedState | None = None  # None: nobody would read one, or we may not know
 
     @property
     def devices(self) -> tuple[PciAddress, ...]:
         return devices_of(self.facts)
+
+    @property
+    def seed_actions(self) -> tuple[WriteSeed, ...]:
+        """What brings the seed up to date, while the VM is off."""
+        stale = self.seed is not None and self.seed.stale
+        return (WriteSeed(self.facts.name, self.facts.uuid),) if stale else ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ def _vm_step(
         old = [volume.name for volume in want.volumes if volume.path in have]
         changes = (Change("disks", ", ".join(old), "used as they are", Effect.LIVE),) if old else ()
         row = VmPlan(want.facts.name, Verb.CREATE, changes, want.summary)
-        return _Step(row, (*volumes, define, *start))
+        return _Step(row, (*volumes, *want.seed_actions, define, *start))
     step = _running_step if held.running else _stopped_step
     return step(want, held, topology, intent, tuple(volumes))
 
@@ -128,7 +137,8 @@ def _stopped_step(
 ) -> _Step | None:
     changes = [_change(d, Effect.LIVE) for d in differences(held.facts, want.facts, topology)]
     changes += [_missing(volume) for volume in volumes]
-    actions: list[Action] = list(volumes)
+    changes += [_seed_change(want.seed) for _ in want.seed_actions if want.seed]
+    actions: list[Action] = [*volumes, *want.seed_actions]
     if not same(held.facts, want.facts):
         actions.append(DefineDomain(want.facts.name, want.facts, live=False))
     if _runs(want):
@@ -155,13 +165,13 @@ def _running_step(
         changes = [Change("state", "running", "stopped", Effect.NEEDS_RESTART)]
         felt = Effect.LIVE if intent.restart else Effect.NEXT_RESTART
         changes += [_change(d, felt) for d in live]
-        stop = stop_actions(held.live) if intent.restart else ()
+        stop = (*stop_actions(held.live), *want.seed_actions) if intent.restart else ()
         row = _row(name, Verb.CHANGE, changes, () if intent.restart else (RESTART,))
         return _Step(row, (*volumes, *stop, *define))
     if {field for field, _, _ in live} - LIVE_FIELDS:
         if intent.restart:
             changes = [_change(d, Effect.NEEDS_RESTART) for d in live]
-            chain = (*stop_actions(held.live), *volumes, *define)
+            chain = (*stop_actions(held.live), *volumes, *want.seed_actions, *define)
             row = _row(name, Verb.REPLACE, changes)
             return _Step(row, (*chain, *start_actions(want.facts, want.partition)))
         mark = (MarkRestartNeeded(name, held.facts.uuid),) if redefine else ()
@@ -209,6 +219,12 @@ def _row(name: str, verb: Verb, changes: list[Change], pending: tuple[str, ...] 
 
 def _change(difference: tuple[str, str, str], effect: Effect) -> Change:
     return Change(*difference, effect)
+
+
+def _seed_change(seed: SeedState) -> Change:
+    felt = "felt only by a guest that boots for the first time"
+    old, new = ("written before", f"changed, {felt}") if seed.held else ("missing", "written")
+    return Change("first boot settings", old, new, Effect.LIVE)
 
 
 def _missing(volume: CreateVolume) -> Change:

@@ -250,6 +250,7 @@ def _disks(domain: Element) -> tuple[DomainDisk, ...]:
                 serial=_text(element, "serial"),
                 queues=int(attributes.get("queues", "1")),
                 iothread=int(iothread) if iothread else None,
+                cdrom=element.get("device") == "cdrom",
             )
         )
     return tuple(result)

@@ -56,6 +56,18 @@ class CreateVolume:
 
 
 @dataclass(frozen=True)
+class WriteSeed:
+    """Write the VM's seed; what is in it stays out of plans, for it may be secret."""
+
+    phase: ClassVar[int] = 3
+    vm: str
+    uuid: str
+
+    def describe(self) -> str:
+        return f"write the first boot settings of {self.vm}"
+
+
+@dataclass(frozen=True)
 class DefineDomain:
     """Define or redefine. `live`: also move the pins of the running domain to the new ones."""
 
@@ -105,6 +117,7 @@ Action = (
     | ReleasePartition
     | UndefineDomain
     | CreateVolume
+    | WriteSeed
     | DefineDomain
     | PreparePartition
     | StartDomain

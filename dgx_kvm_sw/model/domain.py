@@ -48,6 +48,7 @@ class DomainDisk:
     serial: str  # the guest finds it as /dev/disk/by-id/virtio-SERIAL
     queues: int
     iothread: int | None
+    cdrom: bool = False  # read-only, on SATA: the seed
 
 
 @dataclass(frozen=True)

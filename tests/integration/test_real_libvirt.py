@@ -315,7 +315,7 @@ def test_side_by_side_and_one_by_one(claimed: ClaimedHost) -> None:
             found = gather(claimed.site, hypervisor, claimed.intent())
             for batch in batches:
                 actions = tuple(action for name in batch for action in found.start_actions(name))
-                done = execute(claimed.site, hypervisor, found.platform, actions, {})
+                done = execute(claimed.site, hypervisor, found.platform, actions, {}, {})
                 assert not done.failures
         seconds.append(time.monotonic() - begin)
         assert set(pids(claimed)) == set(NAMES)
