@@ -66,8 +66,9 @@ def test_a_private_key_is_refused_and_never_repeated(host: Host) -> None:
     problem = host.vm_problem("gpus: 0, ssh_keys: [/root/id]")
     assert problem.message == "/root/id is a private key, which stays with its owner"
     inline = PRIVATE.replace("\n", "\\n")
-    found = host.vm_problem(f'gpus: 0, ssh_keys: ["{inline}"]')
-    assert "is a private key" in found.message
+    text = f'version: 1\nvms: [{{name: a, gpus: 0, ssh_keys: ["{inline}"]}}]\n'
+    found = host.problems(text)
+    assert found[-1].message == "is a private key, which stays with its owner"
     assert "VERYSECRET" not in f"{problem}{found}"
 
 

@@ -9,7 +9,6 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from dgx_kvm_sw.access.files import Root
@@ -110,7 +109,7 @@ def _bad_keys(document: Document, path: Path, files: Files) -> Iterator[Problem]
         place = (*path, "ssh_keys", index)
         if not _is_path(entry):
             if fault := _key_fault(entry):
-                yield _silent(document.problem(place, *fault))
+                yield document.problem(place, *fault)
             continue
         text = files.text(entry)
         if entry in files.faults:
@@ -245,8 +244,3 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield number, line
-
-
-def _silent(problem: Problem) -> Problem:
-    """A problem whose line in the file is not shown."""
-    return replace(problem, snippet="")

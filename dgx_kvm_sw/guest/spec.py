@@ -97,7 +97,9 @@ def load(
         order = {each.file: index for index, each in enumerate(read.everything)}
         last = len(order)  # files that ours name
         problems.sort(key=lambda each: (order.get(each.file, last), each.line, each.column))
-        raise BadFileError(tuple(dict.fromkeys(problems)))
+        # A line with a key may hold the private half of one.
+        shown = (replace(p, snippet="") if "ssh_keys[" in p.path else p for p in problems)
+        raise BadFileError(tuple(dict.fromkeys(shown)))
     return _host_spec(read, found, named)
 
 
