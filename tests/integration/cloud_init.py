@@ -25,7 +25,7 @@ from cloudinit.handlers import CONTENT_START, CONTENT_END
 paths = helpers.Paths({"cloud_dir": "/nonexistent", "run_dir": "/nonexistent"})
 handler = cloud_config.CloudConfigPartHandler(paths)
 whole = user_data.UserDataProcessor(paths).process(sys.stdin.buffer.read())
-handler.handle_part(None, CONTENT_START, None, None, None)
+handler.handle_part(None, CONTENT_START, None, None, None, {})
 kinds = []
 for part in whole.walk():
     if part.is_multipart():
