@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 PYTHON := /usr/bin/python3
 TOOLS := .cache/tools
 
-RUN_PACKAGES := python3-libvirt python3-yaml python3-jinja2 python3-jsonschema python3-debian libvirt0
+RUN_PACKAGES := python3-libvirt python3-yaml python3-jinja2 python3-jsonschema python3-debian libvirt0 xorriso
 TEST_PACKAGES := $(RUN_PACKAGES) man-db python3-pytest python3-pytest-xdist \
 	python3-hypothesis python3-numpy python3-venv mypy shellcheck libvirt-daemon-system \
 	libvirt-clients libxml2-utils qemu-system-x86 qemu-utils ovmf seabios iproute2 procps gnupg gpgv \

@@ -93,8 +93,8 @@ def _differences(have: Volume, declared: Volume) -> Iterator[str]:
     made, wanted = _origin(have.backing), _origin(declared.backing)
     if made != wanted:
         yield (
-            f"disk {have.name} was made from {made or 'nothing'}, the file says {wanted or 'nothing'};"
-            " a disk stays what it was made from"
+            f"disk {have.name} was made from {made or 'nothing'}, the file says"
+            f" {wanted or 'nothing'}; a disk stays what it was made from"
         )
 
 

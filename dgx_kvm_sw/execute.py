@@ -12,7 +12,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from dgx_kvm_sw.access.files import explained, locked
+from dgx_kvm_sw.access.hooks import run_hooks
+from dgx_kvm_sw.decide.domain import seed_path
 from dgx_kvm_sw.guest import bases, domainxml, images
+from dgx_kvm_sw.guest import seed as guest_seed
 from dgx_kvm_sw.guest.hypervisor import Hypervisor
 from dgx_kvm_sw.host.fabric import Fabric, fabric_for
 from dgx_kvm_sw.model.actions import (
@@ -28,12 +31,14 @@ from dgx_kvm_sw.model.actions import (
     ShutDownDomain,
     StartDomain,
     UndefineDomain,
+    WriteSeed,
 )
 from dgx_kvm_sw.model.base import StrEnum
 from dgx_kvm_sw.model.domain import DomainDef
 from dgx_kvm_sw.model.errors import DgxKvmError, HostError
 from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.platform import Platform
+from dgx_kvm_sw.model.seed import Seed
 from dgx_kvm_sw.reconcile import LOCK, POOL_PATH, Site, read_current
 
 JOURNAL = "/var/lib/dgx-kvm/journal.jsonl"
@@ -115,6 +120,7 @@ def execute(
     platform: Platform,
     actions: tuple[Action, ...],
     definitions: dict[str, DomainDef],
+    seeds: dict[str, Seed],
     report: Report = lambda event: None,
     power: Power = Power(),  # noqa: B008 - a frozen value
 ) -> Outcome:
@@ -122,8 +128,13 @@ def execute(
 
     Raises HostError before the first action when the journal cannot be written.
     """
-    run = _Run(site, hypervisor, fabric_for(platform, site.root), definitions, report, power)
+    fabric = fabric_for(platform, site.root)
+    run = _Run(site, hypervisor, fabric, definitions, seeds, report, power)
     return run.all(actions)
+
+
+def _words(devices: Iterable[PciAddress]) -> str:
+    return " ".join(map(str, devices))
 
 
 @dataclass
@@ -132,6 +143,7 @@ class _Run:
     hypervisor: Hypervisor
     fabric: Fabric
     definitions: dict[str, DomainDef]
+    seeds: dict[str, Seed]
     report: Report
     power: Power
     done: list[Action] = field(default_factory=list)  # threads append to it
@@ -196,6 +208,8 @@ class _Run:
             case UndefineDomain():
                 for path in action.delete_volumes:  # first: while the domain is there, a killed
                     self.hypervisor.delete_volume(path)  # apply can be finished by the next one
+                # It holds nothing that vms.yaml does not, perhaps secrets, and is easily made anew.
+                self.site.root.remove(seed_path(action.vm, POOL_PATH))
                 self.hypervisor.undefine(action.vm, action.uuid)
                 self.site.root.remove(f"{STOPPED}/{action.uuid}")
             case CreateVolume():
@@ -206,6 +220,8 @@ class _Run:
                 self.hypervisor.grow_volume(action.volume)
             case EnsureNetwork():
                 self.hypervisor.ensure_network(action.network)
+            case WriteSeed():
+                self._write_seed(action)
             case DefineDomain():
                 self._define(action)
             case PreparePartition():
@@ -257,6 +273,31 @@ class _Run:
             self.site.root.remove(f"{STOPPED}/{action.uuid}")  # it runs on
             raise
 
+    def _write_seed(self, action: WriteSeed) -> None:
+        seed = self.seeds[action.vm]
+        facts = seed.facts
+        about = {"DGX_KVM_TENANT": facts.tenant, "DGX_KVM_IMAGE": facts.image}
+        self.hypervisor.ensure_pool(POOL_PATH)
+        guest_seed.write(
+            self.site.root,
+            seed_path(action.vm, POOL_PATH),
+            seed,
+            lambda folder: self._hooks(action, "vm-seed", {**about, "DGX_KVM_SEED_DIR": folder}),
+        )
+
+    def _hooks(self, action: Action, stage: str, about: Mapping[str, object]) -> None:
+        """Run the administrator's hooks for one VM; what fails names the VM."""
+        uuid = getattr(action, "uuid", "")
+        known = {"DGX_KVM_VM": action.vm, "DGX_KVM_UUID": uuid, **about}
+        environment = {key: str(value) for key, value in known.items()}
+        try:
+            run_hooks(self.site.root, stage, environment, lambda entry: self._log(action, entry))
+        except HostError as error:
+            raise HostError(f"{action.vm} is not started: {error.message}", error.hint) from error
+
+    def _log(self, action: Action, entry: Mapping[str, object]) -> None:
+        write_journal(self.site, {**entry, "vm": action.vm}, sync=False)
+
     def _define(self, action: DefineDomain) -> None:
         self.hypervisor.define(action.vm, self.definitions[action.vm].xml)
         if action.live and action.facts.owner:
@@ -280,6 +321,9 @@ class _Run:
                 )
         self.fabric.prepare(action.partition, action.devices)
         self.fabric.verify(action.partition, action.devices)
+        gpus = [device for device in action.devices if self._is_display(device)]
+        about = {"DGX_KVM_GPUS": _words(gpus), "DGX_KVM_DEVICES": _words(action.devices)}
+        self._hooks(action, "vm-start", about)
         self.site.root.write(f"{PREPARED}/{action.uuid}", "", 0o600, sync=False)
 
     def _start(self, action: StartDomain) -> None:
@@ -291,6 +335,10 @@ class _Run:
             self.hypervisor.start(action.vm, action.uuid)
         finally:
             self.site.root.remove(mark)  # good for one start only
+
+    def _is_display(self, device: PciAddress) -> bool:
+        """Whether it is a GPU: PCI's base class 03."""
+        return self.site.root.read(f"/sys/bus/pci/devices/{device}/class", "").startswith("0x03")
 
     def _running_devices(self) -> dict[PciAddress, str]:
         """Who holds what at this moment; asked of libvirt, as a shutdown may have failed."""

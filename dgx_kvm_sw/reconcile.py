@@ -6,9 +6,9 @@ import contextlib
 import difflib
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from dgx_kvm_sw import disks
+from dgx_kvm_sw import disks, seeds
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.decide import networks
 from dgx_kvm_sw.decide.changes import same
@@ -31,7 +31,9 @@ from dgx_kvm_sw.decide.plan import (
     stop_actions,
 )
 from dgx_kvm_sw.decide.search import gpu_indexes
+from dgx_kvm_sw.decide.seed import desired_seed
 from dgx_kvm_sw.guest import domainxml, images
+from dgx_kvm_sw.guest import seed as guest_seed
 from dgx_kvm_sw.guest import spec as spec_file
 from dgx_kvm_sw.guest.templates import Templates
 from dgx_kvm_sw.host import health as host_health
@@ -52,6 +54,7 @@ from dgx_kvm_sw.model.health import HealthReport
 from dgx_kvm_sw.model.pci import CpuSet, PciAddress
 from dgx_kvm_sw.model.placement import Placement, Placements, Unplaceable
 from dgx_kvm_sw.model.platform import Partition, Platform
+from dgx_kvm_sw.model.seed import Seed
 from dgx_kvm_sw.model.spec import NO_SPEC, HostSpec, VmSpec
 from dgx_kvm_sw.model.topology import Topology
 
@@ -125,6 +128,7 @@ class Situation:
     notes: tuple[str, ...]
     site: Site
     networks: tuple[str, ...] = ()  # of ours that the file needs
+    seeds: dict[str, Seed] = field(default_factory=dict)  # by VM: those to be written anew
 
     @property
     def spec(self) -> HostSpec:
@@ -145,7 +149,7 @@ class Situation:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A digest of every input: file, templates, devices, health, and what libvirt holds."""
-        wanted = [(want.facts, want.networks) for want in self.desired]
+        wanted = [(want.facts, want.networks, want.seed) for want in self.desired]
         devices = self.topology.devices()
         return digest(self.spec.digest, wanted, devices, self.health, self.current)
 
@@ -173,7 +177,7 @@ class Situation:
     def start_actions(self, name: str) -> tuple[Action, ...]:
         """Start a VM with the definition libvirt holds; nothing for one that runs."""
         held = self.domain(name)
-        return () if held.running else start_actions(held.facts, self._partition(held.facts))
+        return () if held.running else self._start_actions(held)
 
     def stop_actions(self, name: str) -> tuple[Action, ...]:
         held = self.domain(name)
@@ -182,10 +186,26 @@ class Situation:
     def restart_actions(self, name: str) -> tuple[Action, ...]:
         """Stop and start a VM; the start takes whatever definition libvirt holds by then."""
         held = self.domain(name)
-        return (*self.stop_actions(name), *start_actions(held.facts, self._partition(held.facts)))
+        return (*self.stop_actions(name), *self._start_actions(held))
+
+    def _start_actions(self, held: DomainStatus) -> tuple[Action, ...]:
+        wanted = (want for want in self.desired if want.facts.name == held.name)
+        write = next((want.seed_actions for want in wanted), ())
+        return (*write, *start_actions(held.facts, self._partition(held.facts)))
 
     def _partition(self, facts: DomainFacts) -> Partition | None:
         return self.platform.with_gpus(gpu_indexes(self.topology, devices_of(facts)))
+
+    def seed(self, name: str) -> Seed | None:
+        """The seed that a declared VM is to have; None where it has none or we may not know."""
+        vm = next((vm for vm in self.spec.vms if vm.name == name), None)
+        want = next((want for want in self.desired if want.facts.name == name), None)
+        if vm is None:
+            self.domain(name)  # says what there is of this name, if anything
+        if vm is None or want is None or want.seed is None:
+            return None
+        facts = desired_seed(vm, self.site.machine_id(), want.facts.uuid)
+        return self.seeds.get(name) or guest_seed.render(Templates(self.site.root), facts)
 
     def sample_vm(self, gpus: int) -> VmSpec:
         """A VM of this size that says nothing more of itself, to ask what would still fit."""
@@ -214,10 +234,13 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
         networking.routes(site.root), networking.filtering_bridges(site.root), hypervisor.version
     )
     needed = networks.needed(ours.vms, current.networks, host.routes)
-    desired, definitions = [], {}
+    desired, definitions, renewed = [], {}, {}
     for vm in ours.vms:
         if placement := placements.of(vm.name):
             want = _desired(vm, placement, inputs, current, around, needed)
+            want, seed = seeds.seeded(site.root, templates, vm, want, around)
+            if seed:
+                renewed[vm.name] = seed
             want, definition = _rendered(templates, want, current, features)
             desired.append(want)
             if definition:
@@ -235,10 +258,11 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     notes = (
         *catalogue.problems,
         *disks.notes(desired, ours, current, around),
+        *seeds.notes(desired, renewed, current, ours, around),
         *filter(None, (note,)),
     )
     used = tuple(needed)
-    return Situation(inputs, current, placements, kept, definitions, notes, site, used)
+    return Situation(inputs, current, placements, kept, definitions, notes, site, used, renewed)
 
 
 def _around(
@@ -251,12 +275,13 @@ def _around(
     return Surroundings(
         machine_id=site.machine_id(),
         pool_path=POOL_PATH,
-        disk_io="io_uring" if site.simulated else disk_io(site.root),
-        volumes=current.volumes,
         images={name: _base_of(catalogue, name) for name in catalogue.names},
         template_digests={
             name: templates.digest(name) for name in sorted({vm.template for vm in spec.vms})
         },
+        cloud_init=frozenset(each.name for each in catalogue.images.values() if each.cloud_init),
+        disk_io="io_uring" if site.simulated else disk_io(site.root),
+        volumes=current.volumes,
     )
 
 

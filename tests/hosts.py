@@ -85,6 +85,7 @@ class SimulatedHost:
                 self.situation.platform,
                 actions,
                 self.situation.definitions,
+                self.situation.seeds,
                 report,
                 power,
             )

@@ -249,7 +249,7 @@ def test_a_disk_over_another_base_than_its_definition_says_is_not_started(
     at.plan()
     with at.hypervisor() as hypervisor:
         starting, platform = at.situation.start_actions("a"), at.situation.platform
-        ((_, error),) = execute(at.site, hypervisor, platform, starting, {}).failures
+        ((_, error),) = execute(at.site, hypervisor, platform, starting, {}, {}).failures
     assert f"a.os.qcow2 lies over {earlier}, its definition says {old.base}" in error.message
     assert not at.domain("a").running
     at.declare("name: a, gpus: 0, image: debian-12")

@@ -254,6 +254,7 @@ def test_a_failing_action_stops_its_vm_and_no_other(tmp_path: Path) -> None:
             host.situation.platform,
             plan.actions,
             host.situation.definitions,
+            host.situation.seeds,
             events.append,
         )
     assert happened(outcome.failures) == ["PreparePartition a"]
@@ -310,7 +311,7 @@ def test_force_pulls_the_plug(h100: SimulatedHost) -> None:
 def run(host: SimulatedHost, hypervisor: Hypervisor, *actions: Action) -> Outcome:
     """Carry out actions that no plan would hold."""
     host.plan()
-    return execute(host.site, hypervisor, host.situation.platform, actions, {})
+    return execute(host.site, hypervisor, host.situation.platform, actions, {}, {})
 
 
 def prepare(host: SimulatedHost, vm: str, *devices: PciAddress) -> PreparePartition:

@@ -24,6 +24,7 @@ vms:
 """
 
 
+@pytest.mark.commands  # xorriso
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_the_main_job_works_on_every_platform(
     platform: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

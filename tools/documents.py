@@ -25,6 +25,20 @@ FILES = (
     ("/etc/dgx-kvm/vms.d/*.yaml", "more VMs; dgx-kvm create writes one file for each"),
     ("/etc/dgx-kvm/templates/N-gpu.yaml", "what a VM with N GPUs gets besides them"),
     ("/etc/dgx-kvm/templates/domain.xml.j2", "the libvirt domain of a VM, as a Jinja template"),
+    ("/etc/dgx-kvm/templates/cloud-init.yaml.j2", "what guests are told at their first boot"),
+    (
+        "/etc/dgx-kvm/hooks.d/vm-seed/",
+        "programs to run before a VM's first boot settings are written, in the order of their"
+        " names, for 60 s at most each; they may edit the files in $DGX_KVM_SEED_DIR. They get"
+        " DGX_KVM_VM, DGX_KVM_UUID, DGX_KVM_TENANT and DGX_KVM_IMAGE. One that fails stops this VM"
+        " alone. What hooks print is kept in the journal, so it must not be secret; they must not"
+        " call dgx-kvm to change anything",
+    ),
+    (
+        "/etc/dgx-kvm/hooks.d/vm-start/",
+        "the same before each start of a VM, when its devices are ready: DGX_KVM_VM, DGX_KVM_UUID,"
+        " DGX_KVM_GPUS and DGX_KVM_DEVICES, PCI addresses with blanks between",
+    ),
     ("/var/lib/dgx-kvm/images/", "the disks of the VMs; never removed unasked"),
     ("/var/lib/dgx-kvm/bases/", "what disks that were made from images lie on; imported images"),
     ("/usr/share/dgx-kvm/images.d/*.json", "manifests of images from packages"),

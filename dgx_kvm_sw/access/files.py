@@ -136,15 +136,17 @@ def pristine_template_path(root: Root, name: str) -> Path:
     )
 
 
-def write_atomically(path: Path, text: str, mode: int = 0o644, *, sync: bool = True) -> None:
-    """Write `text` so that a reader, or with `sync` a power cut, sees the old file or the new."""
+def write_atomically(
+    path: Path, content: str | bytes, mode: int = 0o644, *, sync: bool = True
+) -> None:
+    """Write so that a reader, or with `sync` a power cut, sees the old file or the new one."""
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        with os.fdopen(descriptor, "wb") as stream:
             os.fchmod(stream.fileno(), mode)
-            stream.write(text)
+            stream.write(content if isinstance(content, bytes) else content.encode())
             stream.flush()
             if sync:
                 os.fsync(stream.fileno())

@@ -112,6 +112,7 @@ def carry_out(
             session.situation.platform,
             actions,
             session.situation.definitions,
+            session.situation.seeds,
             report,
             power or Power(),
         )

@@ -381,6 +381,16 @@ VERBS = (
         reads=True,
     ),
     Verb(
+        "seed",
+        "seed",
+        "show what the guest of a VM is told at its first boot",
+        "User, keys, addresses, mounts and user data, as cloud-init gets them. Hooks of the stage\n"
+        "vm-seed are not run.",
+        ("dgx-kvm seed hr-train",),
+        _one_name,
+        reads=True,
+    ),
+    Verb(
         "fits",
         "look",
         "say how many more VMs of each size would fit",

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dgx_kvm_sw.model.domain import Cell, DomainFacts, Hostdev
+from dgx_kvm_sw.model.domain import Cell, DomainDisk, DomainFacts, Hostdev
 from dgx_kvm_sw.model.pci import CpuSet, PciAddress
 from dgx_kvm_sw.model.spec import Network
 from dgx_kvm_sw.model.topology import Topology
@@ -75,9 +75,11 @@ def _words(facts: DomainFacts, topology: Topology) -> dict[str, str]:
         "threads per core": str(facts.threads_per_core),
         "firmware": str(facts.firmware),
         "disks": _disks(facts),
-        "disk driver": _list(f"{d.target} io {d.io}, discard {d.discard}" for d in facts.disks),
+        "disk driver": _list(
+            f"{d.target} io {d.io}, discard {d.discard}" for d in facts.disks if not d.cdrom
+        ),
         "networks": _networks(facts),
-        "queues": _list([d.queues for d in facts.disks] + [i.queues for i in facts.interfaces]),
+        "queues": _queues(facts),
         "device settings": _settings(facts),
         "PCIe tree": _tree(facts),
         "64-bit PCI window": f"{facts.mmio64_mib // 1024} GiB",
@@ -138,12 +140,22 @@ def _cells(facts: DomainFacts) -> str:
     return _list(one(cell) for cell in facts.cells)
 
 
+def _queues(facts: DomainFacts) -> str:
+    disks = [disk.queues for disk in facts.disks if not disk.cdrom]
+    return _list(disks + [interface.queues for interface in facts.interfaces])
+
+
 def _disks(facts: DomainFacts) -> str:
-    return _list(
-        f"{disk.target} {disk.path} ({disk.format}, serial {disk.serial or 'none'},"
-        f" IO thread {disk.iothread or 'none'}{f', over {disk.backing}' if disk.backing else ''})"
-        for disk in facts.disks
-    )
+    def one(disk: DomainDisk) -> str:
+        if disk.cdrom:
+            return f"{disk.target} {disk.path} (CD)"
+        thread = disk.iothread or "none"
+        serial = disk.serial or "none"
+        over = f", over {disk.backing}" if disk.backing else ""
+        words = f"{disk.format}, serial {serial}, IO thread {thread}{over}"
+        return f"{disk.target} {disk.path} ({words})"
+
+    return _list(one(disk) for disk in facts.disks)
 
 
 def _networks(facts: DomainFacts) -> str:

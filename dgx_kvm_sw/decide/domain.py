@@ -30,6 +30,7 @@ class Surroundings:
     pool_path: str
     images: dict[str, tuple[str, str]]  # image name -> path and format of its file
     template_digests: dict[str, str]  # template name -> digest
+    cloud_init: frozenset[str]  # images whose guests read a seed
     disk_io: str = "native"  # how QEMU is to read and write disks here
     volumes: tuple[Volume, ...] = ()  # that there are
 
@@ -69,10 +70,10 @@ def desired_domain(
         mmio64_mib=mmio64_mib(devices),
         controllers=controllers,
         hostdevs=hostdevs,
-        disks=_disks(vm, around, queues),
+        disks=(*_disks(vm, around, queues), *_seed_disk(vm, around)),
         interfaces=tuple(
-            Interface(_mac(identity, number), on_host(network, vm.tenant), queues)
-            for number, network in enumerate(vm.networks)
+            Interface(mac, on_host(network, vm.tenant), queues)
+            for mac, network in zip(interface_macs(vm, around.machine_id), vm.networks, strict=True)
         ),
         on_reboot="destroy",
     )
@@ -126,9 +127,19 @@ def own_disks(domain: DomainStatus, volumes: tuple[Volume, ...]) -> tuple[str, .
 
     VM names hold no dot, so what starts like one of its disks is one.
     """
-    attached = {disk.path for disk in domain.facts.disks}
+    attached = {disk.path for disk in domain.facts.disks if not disk.cdrom}
     prefixes = (f"{domain.name}.", f"{LOGICAL_VOLUME}{domain.name}.")
     return tuple(v.path for v in volumes if v.path in attached and v.name.startswith(prefixes))
+
+
+def seed_path(vm: str, pool_path: str) -> str:
+    return f"{pool_path}/{vm}.seed.iso"
+
+
+def interface_macs(vm: VmSpec, machine_id: str) -> tuple[str, ...]:
+    """Return the MAC address of each network of a VM."""
+    identity = domain_uuid(machine_id, vm.name)
+    return tuple(_mac(identity, number) for number in range(len(vm.networks)))
 
 
 def _disks(vm: VmSpec, around: Surroundings, queues: int) -> tuple[DomainDisk, ...]:
@@ -154,6 +165,19 @@ def _disks(vm: VmSpec, around: Surroundings, queues: int) -> tuple[DomainDisk, .
             zip(names, desired_volumes(vm, around), strict=True)
         )
     )
+
+
+def _seed_disk(vm: VmSpec, around: Surroundings) -> tuple[DomainDisk, ...]:
+    """The CD with the seed. It stays for good: a cloud-init that misses it begins anew."""
+    if vm.image not in around.cloud_init:
+        return ()
+    path = seed_path(vm.name, around.pool_path)
+    return (
+        DomainDisk(
+            "sda", path, block=False, format="raw", io="", discard="", serial="",
+            queues=1, iothread=None, cdrom=True,
+        ),
+    )  # fmt: skip
 
 
 def _cells(cells: tuple[GuestCell, ...], topology: Topology) -> tuple[Cell, ...]:

@@ -26,6 +26,7 @@ from dgx_kvm_sw.model.actions import (
     UndefineDomain,
     Verb,
     VmPlan,
+    WriteSeed,
 )
 from dgx_kvm_sw.model.domain import (
     CurrentState,
@@ -37,6 +38,7 @@ from dgx_kvm_sw.model.domain import (
 from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.placement import Unplaceable
 from dgx_kvm_sw.model.platform import Partition
+from dgx_kvm_sw.model.seed import SeedState
 from dgx_kvm_sw.model.spec import PowerState
 from dgx_kvm_sw.model.topology import Topology
 
@@ -63,10 +65,17 @@ class Desired:
     state: PowerState
     summary: str  # one line for a person
     networks: tuple[HostNetwork, ...] = ()  # of ours that it needs, as they are or will be
+    seed: SeedState | None = None  # None: nobody would read one, or we may not know
 
     @property
     def devices(self) -> tuple[PciAddress, ...]:
         return devices_of(self.facts)
+
+    @property
+    def seed_actions(self) -> tuple[WriteSeed, ...]:
+        """What brings the seed up to date, while the VM is off."""
+        stale = self.seed is not None and self.seed.stale
+        return (WriteSeed(self.facts.name, self.facts.uuid),) if stale else ()
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,7 @@ def _vm_step(
         changes += tuple(_change(each, Effect.LIVE) for each in larger)
         changes += tuple(_missing(p) for p in prepare if isinstance(p, EnsureNetwork))
         row = VmPlan(name, Verb.CREATE, changes, want.summary)
-        return _Step(row, (*prepare, *grows, define, *start))
+        return _Step(row, (*prepare, *grows, *want.seed_actions, define, *start))
     step = _running_step if held.running else _stopped_step
     return step(want, held, topology, intent, prepare, grows, larger)
 
@@ -165,7 +174,8 @@ def _stopped_step(
     changes = [_change(d, Effect.LIVE) for d in differences(held.facts, want.facts, topology)]
     changes += [_change(each, Effect.LIVE) for each in larger]
     changes += [_missing(each) for each in prepare]
-    actions: list[Action] = [*prepare, *grows]
+    changes += [_seed_change(want.seed) for _ in want.seed_actions if want.seed]
+    actions: list[Action] = [*prepare, *grows, *want.seed_actions]
     if not same(held.facts, want.facts):
         actions.append(DefineDomain(want.facts.name, want.facts, live=False))
     if _runs(want):
@@ -194,13 +204,15 @@ def _running_step(
         changes = [Change("state", "running", "stopped", Effect.NEEDS_RESTART)]
         felt = Effect.LIVE if intent.restart else Effect.NEXT_RESTART
         changes += [_change(d, felt) for d in live]
-        stop = stop_actions(held.live) if intent.restart else ()
+        stop = (*stop_actions(held.live), *want.seed_actions) if intent.restart else ()
         row = _row(name, Verb.CHANGE, changes, () if intent.restart else (RESTART,))
         return _Step(row, (*prepare, *stop, *(grows if stop else ()), *define))
     if {field for field, _, _ in live} - LIVE_FIELDS:
         if intent.restart:
             changes = [_change(d, Effect.NEEDS_RESTART) for d in live]
-            chain = (*stop_actions(held.live), *prepare, *grows, *define)
+            chain = (
+                *stop_actions(held.live), *prepare, *grows, *want.seed_actions, *define
+            )  # fmt: skip
             row = _row(name, Verb.REPLACE, changes)
             return _Step(row, (*chain, *start_actions(want.facts, want.partition)))
         mark = (MarkRestartNeeded(name, held.facts.uuid),) if redefine else ()
@@ -248,6 +260,12 @@ def _row(name: str, verb: Verb, changes: list[Change], pending: tuple[str, ...] 
 
 def _change(difference: tuple[str, str, str], effect: Effect) -> Change:
     return Change(*difference, effect)
+
+
+def _seed_change(seed: SeedState) -> Change:
+    felt = "felt only by a guest that boots for the first time"
+    old, new = ("written before", f"changed, {felt}") if seed.held else ("missing", "written")
+    return Change("first boot settings", old, new, Effect.LIVE)
 
 
 def _missing(prepare: Preparation) -> Change:

@@ -256,6 +256,7 @@ def _disks(domain: Element) -> tuple[DomainDisk, ...]:
                 iothread=int(iothread) if iothread else None,
                 backing=backing.get("file", "") if backing is not None else "",
                 backing_format=_backing_format(element),
+                cdrom=element.get("device") == "cdrom",
             )
         )
     return tuple(result)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dgx_kvm_sw.access.files import Root, explained, template_path
+from dgx_kvm_sw.guest import firstboot
 from dgx_kvm_sw.guest.document import WHOLE_FILE, Document
 from dgx_kvm_sw.guest.schema import schema_text, violations
 from dgx_kvm_sw.guest.speccheck import VmEntry, disk_parts, mistakes, tenant_entries, vm_entries
@@ -42,6 +43,9 @@ _VM_DEFAULTS: dict[str, Any] = {
     "tenant": "",
     "pin": [],
     "image": "",
+    "user": "dgx",
+    "ssh_keys": [],
+    "user_data": "",
     "firmware": "uefi",
     "disks": [],
     "networks": [],
@@ -86,14 +90,19 @@ def load(
     problems = [*_unreadable(read)]
     if found != validated:
         problems += _violations(read, schemas)
+    named = firstboot.Files(root)
     if all(each.complete for each in read.everything):
+        problems += firstboot.mistakes(read.files, named)
         # Otherwise what is declared in the unreadable file would be called missing here.
         problems += mistakes(read.files, read.sizes, images)
     if problems:
         order = {each.file: index for index, each in enumerate(read.everything)}
-        problems.sort(key=lambda problem: (order[problem.file], problem.line, problem.column))
-        raise BadFileError(tuple(dict.fromkeys(problems)))
-    return _host_spec(read, found)
+        last = len(order)  # files that ours name
+        problems.sort(key=lambda each: (order.get(each.file, last), each.line, each.column))
+        # A line with a key may hold the private half of one.
+        shown = (replace(p, snippet="") if "ssh_keys[" in p.path else p for p in problems)
+        raise BadFileError(tuple(dict.fromkeys(shown)))
+    return _host_spec(read, found, named)
 
 
 def sample_vm(root: Root, spec_file: str, gpus: int, templates: Root | None = None) -> VmSpec:
@@ -110,7 +119,7 @@ def sample_vm(root: Root, spec_file: str, gpus: int, templates: Root | None = No
     problems = [*_unreadable(read), *mistakes(read.files, read.sizes, None)]
     if not problems:
         try:
-            return _host_spec(read, "").vms[0]
+            return _host_spec(read, "", firstboot.Files(root)).vms[0]
         except (KeyError, TypeError, ValueError, AttributeError):
             problems += _violations(read, {name: schema_text(name) for name in _SCHEMAS})
     raise BadFileError(tuple(problems))
@@ -168,10 +177,10 @@ def _violations(read: _Read, schemas: Mapping[str, str]) -> Iterator[Problem]:
 # From here on everything is known to be as the schemas say.
 
 
-def _host_spec(read: _Read, found: str) -> HostSpec:
+def _host_spec(read: _Read, found: str, named: firstboot.Files) -> HostSpec:
     host = read.files[0].mapping("host")
     return HostSpec(
-        vms=tuple(_vm(vm, read.sizes) for vm in vm_entries(read.files)),
+        vms=tuple(_vm(vm, read.sizes, named) for vm in vm_entries(read.files)),
         tenants=tuple(
             Tenant(each.name, each.limits.get("max_gpus"), each.limits.get("max_vms"), each.source)
             for each in tenant_entries(read.files)
@@ -187,7 +196,7 @@ def _host_share(section: Mapping[str, Any]) -> HostShare:
     return HostShare(cpus=_amount(section["cpus"]), memory=_amount(section["memory"]))
 
 
-def _vm(entry: VmEntry, sizes: Mapping[int, Document]) -> VmSpec:
+def _vm(entry: VmEntry, sizes: Mapping[int, Document], named: firstboot.Files) -> VmSpec:
     gpus = entry.own["gpus"]
     template = sizes[gpus].mapping()
     settings = {**_VM_DEFAULTS, **template, **entry.settings}
@@ -209,6 +218,7 @@ def _vm(entry: VmEntry, sizes: Mapping[int, Document]) -> VmSpec:
         networks=tuple(_network(network) for network in settings["networks"]),
         template=settings["template"],
         resources=_resources(settings),
+        first_boot=firstboot.first_boot(settings, named),
         source=entry.source,
     )
 
@@ -235,7 +245,7 @@ def _os_disk(parts: Mapping[str, Any]) -> OsDisk:
 def _disk(disk: Mapping[str, Any]) -> Disk:
     group = disk.get("lvm", "")
     kind = DiskFormat.RAW if group else DiskFormat(disk.get("format", "qcow2"))
-    return Disk(disk["name"], _mib(disk["size"]), kind, group)
+    return Disk(disk["name"], _mib(disk["size"]), kind, group, disk.get("mount", ""))
 
 
 def _network(network: Mapping[str, Any]) -> Network:

@@ -1,4 +1,4 @@
-"""Domain templates: found, checked, and rendered; the one place that uses Jinja.
+"""Templates of domains and seeds: found, checked, and rendered; the one place that uses Jinja.
 
 Search order: the admin's folder, then the pristine set; `dist/NAME` is always pristine, so a
 site template can extend it and survive upgrades.
@@ -65,7 +65,7 @@ class Templates:
             self._environment = jinja2.Environment(
                 loader=jinja2.FunctionLoader(self._loaded),
                 undefined=jinja2.StrictUndefined,
-                autoescape=True,
+                autoescape=lambda name: bool(name and name.endswith(".xml.j2")),
             )
         try:
             return str(self._environment.get_template(name).render(**variables))

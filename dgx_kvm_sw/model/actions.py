@@ -81,6 +81,18 @@ class EnsureNetwork:
 
 
 @dataclass(frozen=True)
+class WriteSeed:
+    """Write the VM's seed; what is in it stays out of plans, for it may be secret."""
+
+    phase: ClassVar[int] = 3
+    vm: str
+    uuid: str
+
+    def describe(self) -> str:
+        return f"write the first boot settings of {self.vm}"
+
+
+@dataclass(frozen=True)
 class DefineDomain:
     """Define or redefine. `live`: also move the pins of the running domain to the new ones."""
 
@@ -144,6 +156,7 @@ Action = (
     | CreateVolume
     | GrowVolume
     | EnsureNetwork
+    | WriteSeed
     | DefineDomain
     | PreparePartition
     | StartDomain

@@ -53,6 +53,7 @@ class DomainDisk:
     iothread: int | None
     backing: str = ""  # the file it lies over, which tenants share
     backing_format: str = ""
+    cdrom: bool = False  # read-only, on SATA: the seed
 
 
 @dataclass(frozen=True)

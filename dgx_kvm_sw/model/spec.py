@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dgx_kvm_sw.model.base import StrEnum
 
@@ -71,6 +71,7 @@ class Disk:
     size_mib: int
     format: DiskFormat = DiskFormat.QCOW2
     volume_group: str = ""  # of LVM; "" = on the pool
+    mount: str = ""  # where the guest mounts it; "" = it is left as it is
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,26 @@ class Network:
     kind: NetworkKind
     source: str  # the bridge, libvirt network or host interface; of NAT, perhaps a name
     vlan: int = 0  # its tag; 0 = none
+
+
+@dataclass(frozen=True)
+class Addressing:
+    """How the guest configures one of its networks; without addresses by DHCP."""
+
+    addresses: tuple[str, ...] = ()  # with the length of their prefix: "10.1.0.5/24"
+    gateways: tuple[str, ...] = ()
+    dns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FirstBoot:
+    """What cloud-init is to do in the guest at its first boot, beside names and mounts."""
+
+    user: str
+    ssh_keys: tuple[str, ...]  # public keys, as lines of authorized_keys
+    addressing: tuple[Addressing, ...]  # one for each network of the VM
+    user_data: str = field(repr=False, default="")  # text of the operator's own; may be secret
+    complete: bool = True  # False: who runs us may not read all the files that it names
 
 
 @dataclass(frozen=True)
@@ -123,6 +144,7 @@ class VmSpec:
     networks: tuple[Network, ...]
     template: str  # file name below the template folders
     resources: Resources
+    first_boot: FirstBoot
     source: SourceLine
 
 

@@ -113,6 +113,7 @@ class ClaimedHost:
                 found.platform,
                 plan.actions,
                 found.definitions,
+                found.seeds,
                 power=PULL_THE_PLUG,
             )
         assert not outcome.failures, [error.message for _, error in outcome.failures]

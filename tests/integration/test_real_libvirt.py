@@ -69,7 +69,8 @@ def test_sixteen_vms_start_as_declared(claimed: ClaimedHost) -> None:
     begin = time.monotonic()
     outcome = claimed.apply()
     print(f"\n16 VMs made and started in {time.monotonic() - begin:.1f} s")
-    assert outcome.done == 16 * 4 + 1  # disk, define, prepare, start; vm-0 has two disks
+    # disk, define, prepare, start; vm-0 has two disks, vm-1 a seed
+    assert outcome.done == 16 * 4 + 2
     assert set(pids(claimed)) == set(NAMES)
     for name in NAMES:
         process = qemu(claimed, name)
@@ -317,8 +318,25 @@ def test_side_by_side_and_one_by_one(claimed: ClaimedHost) -> None:
             found = gather(claimed.site, hypervisor, claimed.intent())
             for batch in batches:
                 actions = tuple(action for name in batch for action in found.start_actions(name))
-                done = execute(claimed.site, hypervisor, found.platform, actions, {})
+                done = execute(claimed.site, hypervisor, found.platform, actions, {}, {})
                 assert not done.failures
         seconds.append(time.monotonic() - begin)
         assert set(pids(claimed)) == set(NAMES)
     print(f"\n16 starts: side by side {seconds[0]:.1f} s, one by one {seconds[1]:.1f} s")
+
+
+def test_a_seed_is_attached_and_the_next_apply_does_nothing(claimed: ClaimedHost) -> None:
+    claimed.reach("name: seeded, firmware: bios, image: tiny")
+    root = claimed.site.root
+    seed = f"{POOL_PATH}/seeded.seed.iso"
+    arguments = qemu(claimed, "seeded").arguments
+    assert f'"filename":"{seed}"' in arguments and "ide-cd" in arguments
+    before = root.path(seed).stat()
+    assert before.st_mode & 0o077 == 0
+    assert not claimed.plan().pending
+    assert claimed.apply().done == 0
+    claimed.declare(["name: seeded, firmware: bios, image: tiny, user: ann"])
+    assert not claimed.plan().actions
+    assert root.path(seed).stat() == before
+    claimed.reach()
+    assert not root.exists(seed)

@@ -1,0 +1,163 @@
+"""What vms.yaml says about first boots: keys, addresses, mounts, user data, each mistake named."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+from specfiles import Host
+
+from dgx_kvm_sw.model.spec import Addressing
+
+
+def public_key(kind: str = "ssh-ed25519", comment: str = "ann@desk") -> str:
+    fields = b"".join(len(part).to_bytes(4, "big") + part for part in (kind.encode(), b"k" * 32))
+    return f"{kind} {base64.b64encode(fields).decode()} {comment}"
+
+
+KEY = public_key()
+PRIVATE = "-----BEGIN OPENSSH PRIVATE KEY-----\nVERYSECRET\n-----END OPENSSH PRIVATE KEY-----\n"
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    host = Host(tmp_path)
+    host.root.write("/root/keys", f"# the team\n\n{KEY}\n{public_key(comment='bob')}\n")
+    return host
+
+
+def test_defaults_are_a_user_without_keys_and_dhcp(host: Host) -> None:
+    found = host.vm("gpus: 0, networks: [{bridge: br0}]").first_boot
+    assert (found.user, found.ssh_keys, found.user_data) == ("dgx", (), "")
+    assert found.addressing == (Addressing(),)
+
+
+def test_keys_are_lines_and_files_each_once(host: Host) -> None:
+    found = host.vm(f"gpus: 0, user: ann, ssh_keys: ['{KEY}', /root/keys]").first_boot
+    assert (found.user, found.ssh_keys) == ("ann", (KEY, public_key(comment="bob")))
+
+
+def test_options_before_a_key_are_kept(host: Host) -> None:
+    line = f'from="10.0.0.0/8" {KEY}'
+    assert host.vm(f"gpus: 0, ssh_keys: ['{line}']").first_boot.ssh_keys == (line,)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("hello", "is not a public key of SSH"),
+        (KEY[:40], "is a public key that was cut off or changed"),
+        (KEY.replace("ssh-ed25519", "ssh-rsa"), "is a public key that was cut off or changed"),
+        (KEY.replace("ssh-ed25519", "ssh-dss"), "is not a public key of SSH"),
+    ],
+)
+def test_a_bad_key_is_told_where_it_stands(host: Host, key: str, message: str) -> None:
+    problem = host.vm_problem(f"gpus: 0, ssh_keys: ['{key}']")
+    assert (problem.message, problem.line, problem.snippet) == (message, 3, "")
+    host.root.write("/root/keys", f"{KEY}\n{key}\n")
+    problem = host.vm_problem("gpus: 0, ssh_keys: [/root/keys]")
+    assert (problem.file, problem.line, problem.message) == ("/root/keys", 2, message)
+    assert problem.snippet == ""
+
+
+def test_a_private_key_is_refused_and_never_repeated(host: Host) -> None:
+    host.root.write("/root/id", PRIVATE)
+    problem = host.vm_problem("gpus: 0, ssh_keys: [/root/id]")
+    assert problem.message == "/root/id is a private key, which stays with its owner"
+    inline = PRIVATE.replace("\n", "\\n")
+    text = f'version: 1\nvms: [{{name: a, gpus: 0, ssh_keys: ["{inline}"]}}]\n'
+    found = host.problems(text)
+    assert found[-1].message == "is a private key, which stays with its owner"
+    assert "VERYSECRET" not in f"{problem}{found}"
+
+
+def test_what_cannot_be_read_is_named(host: Host) -> None:
+    problem = host.vm_problem("gpus: 0, ssh_keys: [/root/nothing]")
+    assert problem.message == "/root/nothing cannot be read: no such file or directory"
+    host.root.write("/root/none", "# nobody yet\n")
+    assert host.vm_problem("gpus: 0, ssh_keys: [/root/none]").message == "/root/none holds no key"
+    assert "no such file" in host.vm_problem("gpus: 0, user_data: /root/nothing").message
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["#cloud-config\npackages: [a]\n", "#!/bin/sh\n", "MIME-Version: 1.0\n\n", "#include\nx\n"],
+)
+def test_user_data_is_taken_as_it_is(host: Host, text: str) -> None:
+    host.root.write("/root/ud", text)
+    assert host.vm("gpus: 0, user_data: /root/ud").first_boot.user_data == text
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ("password: SECRET\n", 3, "/root/ud does not begin as user data does"),
+        ("#cloud-config\na: [SECRET\nb: c\n", 3, "is not YAML"),
+        ("#cloud-config\n- SECRET\n", 0, "is not a mapping, as cloud-config is"),
+    ],
+)
+def test_bad_user_data_is_told_without_repeating_it(
+    host: Host, text: str, line: int, message: str
+) -> None:
+    host.root.write("/root/ud", text)
+    problem = host.vm_problem("gpus: 0, user_data: /root/ud")
+    assert (problem.line, problem.message) == (line, message)
+    assert "SECRET" not in str(problem)
+
+
+def test_addresses(host: Host) -> None:
+    vm = host.vm(
+        "gpus: 0, networks: [{bridge: br0, address: 10.1.0.5/24, gateway: 10.1.0.1, dns: 10.1.0.2},"
+        " {network: default, address: ['10.2.0.5/24', 'fd00::5/64'], gateway: ['fd00::1']},"
+        " {macvtap: eno1, address: dhcp}]"
+    )
+    assert vm.first_boot.addressing == (
+        Addressing(("10.1.0.5/24",), ("10.1.0.1",), ("10.1.0.2",)),
+        Addressing(("10.2.0.5/24", "fd00::5/64"), ("fd00::1",)),
+        Addressing(),
+    )
+    assert [str(network.kind) for network in vm.networks] == ["bridge", "network", "macvtap"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("address: 10.1.0.500/24", "10.1.0.500/24 is not an address"),
+        ("address: 10.1.0.5/40", "10.1.0.5/40 is not an address"),
+        ("address: 10.1.0.5/24, gateway: 10.2.0.1", "10.2.0.1 is in no network of this VM"),
+        ("gateway: 10.2.0.1", "10.2.0.1 is in no network of this VM"),
+        ("dns: 1.2.3", "1.2.3 is not an IP address"),
+        ("macvtap: eno1", "a mapping is not a network with exactly one of bridge, network and"),
+    ],
+)
+def test_bad_networks_are_told(host: Host, keys: str, message: str) -> None:
+    problem = host.vm_problem(f"gpus: 0, networks: [{{bridge: br0, {keys}}}]")
+    assert problem.message.startswith(message)
+
+
+def test_an_address_is_given_once_in_a_network(host: Host) -> None:
+    text = "version: 1\nvms:\n" + "".join(
+        f"- {{name: {name}, gpus: 0, networks: [{{bridge: {bridge}, address: 10.1.0.5/24}}]}}\n"
+        for name, bridge in (("a", "br0"), ("b", "br1"), ("c", "br0"))
+    )
+    problem = host.problem(text)
+    assert problem.message == "10.1.0.5/24 is already an address of a in this network"
+    assert problem.line == 5
+
+
+@pytest.mark.parametrize("path", ["/", "data", "/etc", "/a/../b", "/a b", "/data/"])
+def test_where_a_disk_may_not_be_mounted(host: Host, path: str) -> None:
+    problem = host.vm_problem(f"gpus: 0, disks: [{{name: a, size: 1GiB, mount: '{path}'}}]")
+    assert "is not an absolute path like /data" in problem.message
+
+
+def test_a_place_is_mounted_once(host: Host) -> None:
+    disks = ", ".join(f"{{name: {name}, size: 1GiB, mount: /data}}" for name in "ab")
+    problem = host.vm_problem(f"gpus: 0, disks: [{disks}]")
+    assert problem.message == "another disk of this VM is mounted at /data"
+
+
+@pytest.mark.parametrize("user", ["root", "Ann", "1st", "a b"])
+def test_names_no_user_may_have(host: Host, user: str) -> None:
+    assert "is not a user name" in host.vm_problem(f"gpus: 0, user: '{user}'").message
