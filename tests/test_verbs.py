@@ -172,10 +172,25 @@ def test_quiet_leaves_the_exit_code(eight: Host) -> None:
 def test_every_verb_that_looks_has_json(verb: str, eight: Host) -> None:
     eight("apply")
     names = {"explain": "vm-0", "image": "list"}.get(verb, "")
+    if verb == "seed":  # of a VM with an image
+        eight.declare("version: 1\nvms: [{name: new, gpus: 0, image: debian-12}]\n")
+        names = "new"
     result = eight(f"{verb} {names} --json")
     assert result.code == 0
     assert result.json["version"] == 1
     assert result.err == ""
+
+
+def test_seed_prints_the_files_that_a_guest_gets(eight: Host) -> None:
+    eight.declare(
+        "version: 1\nvms: [{name: new, gpus: 0, image: debian-12}, {name: bare, gpus: 0}]"
+    )
+    result = eight("seed new")
+    assert result.code == 0
+    assert "--- meta-data\ninstance-id: " in result.out
+    assert "--- user-data\n#cloud-config\n" in result.out
+    assert "bare gets no first boot settings" in eight("seed bare").err
+    assert "there is no VM nobody" in eight("seed nobody").err
 
 
 # -- saved plans --------------------------------------------------------------------------------
@@ -388,6 +403,7 @@ def test_a_network_comes_and_goes_with_a_vm_of_create(eight: Host) -> None:
     assert list(saved.iterdir()) == []
 
 
+@pytest.mark.commands  # xorriso
 def test_create_and_delete_leave_nothing_behind(eight: Host) -> None:
     eight.declare(EIGHT.replace("gpus: 2", "gpus: 1"))
     eight("apply")
