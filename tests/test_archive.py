@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import archive
 import pytest
+
+from tools import archive
 
 OS_RELEASE = dict(
     line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line
@@ -30,6 +31,13 @@ def test_own_suites_become_those_of_the_other_release(apt: Path) -> None:
     wanted = "Types: deb\nURIs: file:/mirror\nSuites: forky forky-updates{}\nComponents: main\n"
     assert archive.sources("forky") == wanted.format("")
     assert archive.sources("forky", backports=True) == wanted.format(" forky-backports")
+
+
+def test_components_that_are_missing_are_added(apt: Path) -> None:
+    (apt / "sources.list").write_text(f"deb file:/mirror {OWN} main contrib\n")
+    assert archive.sources("forky", components=("contrib", "non-free")) == (
+        "Types: deb\nURIs: file:/mirror\nSuites: forky\nComponents: main contrib non-free\n"
+    )
 
 
 def test_lines_of_the_old_form_are_understood(apt: Path) -> None:

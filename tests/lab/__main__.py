@@ -10,8 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-from archive import NoArchiveError
-
 from lab import build
 from lab.cache import ROOT, say
 from lab.console import Shell
@@ -25,6 +23,7 @@ from lab.shape import named, names
 from lab.story import tell
 from lab.terminal import interact
 from lab.tools import tools
+from tools.archive import NoArchiveError
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import archive
+from tools import archive
 
 
 class LabError(Exception):

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import archive
+from tools import archive
 
 SUITES = ("bookworm", "trixie")
 
