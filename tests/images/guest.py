@@ -20,7 +20,7 @@ OVMF = Path("/usr/share/OVMF")
 DISK_GIB = 12
 BOOT_SECONDS = 1500  # on a machine of two busy cores one takes some minutes
 MAC = "52:54:00:12:34:56"
-USER = "operator"
+USER = "tester"
 
 
 @dataclass(frozen=True)
