@@ -2,6 +2,7 @@
 # make test       all tests, linters and types
 # make deb        the package, in build/deb
 # make images     the guest images' packages, in build/images; IMAGES="debian-12 ..." for others
+# make test-images  the same, then boots each by BIOS and by UEFI
 # make lab        an emulated DGX-2 with the package installed, and its root console
 # make lab-shell  the same without the package
 # make lab-test   the story of an operator on the emulated DGX-2, unattended
@@ -62,7 +63,7 @@ images: .cache/installed-images
 	$(PYTHON) -m tools.images build $(if $(FRESH),--fresh) $(IMAGES)
 
 # Builds images, unless they are built, and boots each by BIOS and by UEFI.
-test-images: .cache/installed-test images
+test-images: .cache/installed-boot images
 	IMAGES="$(IMAGES)" $(PYTHON) -m pytest -v -m images tests/images
 
 export UBUNTU_MIRROR UBUNTU_KEYRING IMAGE_SOURCES
@@ -111,6 +112,7 @@ clean:
 .cache/installed-lab: PACKAGES := $(BUILD_PACKAGES) mmdebstrap util-linux debian-archive-keyring
 .cache/installed-images: PACKAGES := $(RUN_PACKAGES) mmdebstrap debian-archive-keyring dosfstools \
 	dpkg-dev e2fsprogs fdisk kmod mtools qemu-utils
+.cache/installed-boot: PACKAGES := $(TEST_PACKAGES) lintian openssh-client xorriso
 .cache/installed-package: PACKAGES := $(TEST_PACKAGES) $(BUILD_PACKAGES) mmdebstrap piuparts \
 	autopkgtest git
 .cache/installed-deb: PACKAGES := $(BUILD_PACKAGES)

@@ -161,7 +161,7 @@ def test_the_same_facts_make_the_same_package(tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
-@pytest.mark.skipif(not shutil.which("lintian"), reason="needs lintian")
+@pytest.mark.images
 def test_lintian_finds_nothing(package: Callable[..., Path]) -> None:
     said = run("lintian", "--allow-root", "--pedantic", "-EvI", "--fail-on=none", package())
     assert [line for line in said.splitlines() if line[:3] in ("E: ", "W: ", "I: ", "P: ")] == []
