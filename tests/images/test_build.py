@@ -158,6 +158,24 @@ def test_a_failed_program_is_one_sentence_and_a_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.commands
+@pytest.mark.skipif(bool(os.geteuid()), reason="needs root")
+def test_what_a_program_mounts_is_gone_with_it(tmp_path: Path) -> None:
+    with pytest.raises(BuildError):
+        call(
+            tmp_path / "log",
+            "sh",
+            "-c",
+            'mount -t tmpfs tmpfs "$1" && touch "$1/inside" && kill -9 $$',
+            "sh",
+            tmp_path,
+            mounts=True,
+        )
+    assert not tmp_path.is_mount()
+    assert (tmp_path / "log").exists()
+    assert not (tmp_path / "inside").exists()
+
+
+@pytest.mark.commands
 def test_a_disk_that_fills_up_is_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=f"the disk of {tmp_path} is full"):
         call(tmp_path / "log", "cp", __file__, "/dev/full")

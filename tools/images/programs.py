@@ -15,10 +15,17 @@ class BuildError(DgxKvmError):
     """A step of a build failed."""
 
 
-def call(log: Path, *argv: str | Path, env: Mapping[str, str] | None = None) -> str:
-    """Run a program that must succeed and return its output; what it says is added to the log."""
+def call(
+    log: Path, *argv: str | Path, env: Mapping[str, str] | None = None, mounts: bool = False
+) -> str:
+    """Run a program that must succeed and return its output; what it says is added to the log.
+
+    One that `mounts` does it where nobody else sees it, so that nothing stays mounted if it is
+    killed.
+    """
     command = [str(word) for word in argv]
-    done = run(command, timeout=60 * _MINUTES, env=env)
+    alone = ["unshare", "--mount"] if mounts else []
+    done = run([*alone, *command], timeout=60 * _MINUTES, env=env)
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(command)}\n{done.out}{done.err}")
     if done.code:

@@ -54,7 +54,7 @@ def make_tree(image: Image, identity: Identity, folder: Path, log: Path) -> Path
         "--customize-hook=rm -f \"$1\"/etc/apt/apt.conf.d/99mmdebstrap"
         " \"$1\"/etc/apt/sources.list \"$1\"/etc/apt/sources.list.d/*",
         image.suite, root, listed,
-        env=environment(image, identity),
+        env=environment(image, identity), mounts=True,
     )  # fmt: skip
     return root
 
