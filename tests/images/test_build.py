@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,23 @@ def test_grub_is_where_a_bios_and_its_first_sector_look(tmp_path: Path) -> None:
     assert core[: SECTOR - 12] == b"\xaa" * (SECTOR - 12)
     # The rest of the core: from its second sector, two sectors, behind the first in memory.
     assert struct.unpack_from("<QHH", core, SECTOR - 12) == (2049, 2, 0x820)
+
+
+# -- Hooks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.commands
+@pytest.mark.skipif(bool(os.geteuid()), reason="needs root")
+@pytest.mark.parametrize(("driver", "code"), [("535", 1), ("", 0)])
+def test_a_driver_that_was_not_built_ends_the_build(tmp_path: Path, driver: str, code: int) -> None:
+    (tmp_path / "boot").mkdir()
+    (tmp_path / "boot/vmlinuz-6.1.0-1-amd64").touch()
+    done = subprocess.run(
+        (recipes.RECIPES / "hooks/30-driver", tmp_path),
+        env={**os.environ, "IMAGE_DRIVER": driver},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert ("the NVIDIA module for 6.1.0-1-amd64 has version" in done.stderr) == bool(code)
