@@ -210,9 +210,14 @@ def test_grub_is_where_a_bios_and_its_first_sector_look(tmp_path: Path) -> None:
 @pytest.mark.commands
 @pytest.mark.skipif(bool(os.geteuid()), reason="needs root")
 @pytest.mark.parametrize(("driver", "code"), [("535", 1), ("", 0)])
-def test_a_driver_that_was_not_built_ends_the_build(tmp_path: Path, driver: str, code: int) -> None:
+def test_a_driver_that_was_not_built_ends_the_build_and_no_key_of_it_stays(
+    tmp_path: Path, driver: str, code: int
+) -> None:
     (tmp_path / "boot").mkdir()
     (tmp_path / "boot/vmlinuz-6.1.0-1-amd64").touch()
+    key = tmp_path / "var/lib/dkms/mok.key"
+    key.parent.mkdir(parents=True)
+    key.touch()
     done = subprocess.run(
         (recipes.RECIPES / "hooks/30-driver", tmp_path),
         env={**os.environ, "IMAGE_DRIVER": driver},
@@ -222,3 +227,4 @@ def test_a_driver_that_was_not_built_ends_the_build(tmp_path: Path, driver: str,
     )
     assert done.returncode == code
     assert ("the NVIDIA module for 6.1.0-1-amd64 has version" in done.stderr) == bool(code)
+    assert key.exists() != bool(driver)
