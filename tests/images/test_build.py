@@ -148,6 +148,22 @@ def test_a_time_that_is_none_is_told(cache: Path, monkeypatch: pytest.MonkeyPatc
         build._epoch()
 
 
+@pytest.mark.images
+def test_a_mirror_that_is_not_there_is_one_sentence_and_leaves_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (cache / "keys.gpg").touch()
+    monkeypatch.setenv("UBUNTU_MIRROR", "file:/nonexistent/ubuntu")
+    monkeypatch.setenv("UBUNTU_KEYRING", str(cache / "keys.gpg"))
+    assert command.main(["build", UBUNTU.name, "--output", str(cache / "out")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: mmdebstrap failed: ")
+    assert said.endswith(f"its whole output is in {cache}/{UBUNTU.name}.log\n")
+    assert said.count("\n") == 1
+    assert not (cache / f"{UBUNTU.name}.new").exists()
+    assert not (cache / "out").exists()
+
+
 @pytest.mark.commands
 def test_a_failed_program_is_one_sentence_and_a_log(tmp_path: Path) -> None:
     log = tmp_path / "log"

@@ -26,6 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f"; {error.hint}" if error.hint else ""
         print(f"error: {error.message}{hint}", file=sys.stderr)
         return int(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; what was not finished is gone", file=sys.stderr)
+        return 130
     return 0
 
 

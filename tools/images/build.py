@@ -56,7 +56,11 @@ def _made(image: Image, fresh: bool) -> Path:
     remove(new)
     new.mkdir(mode=0o755)
     identity = Identity.of(image, _version(image, epoch), epoch)
-    facts = _make(image, identity, new)
+    try:
+        facts = _make(image, identity, new)
+    except BaseException:  # Ctrl-C among them
+        remove(new)
+        raise
     (new / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     for old in _earlier(image):
         remove(old)
