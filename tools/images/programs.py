@@ -41,5 +41,5 @@ def call(
 def _reason(said: str) -> str:
     """The line that says why: the first error of apt or of mmdebstrap, else the last line."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith(("E: ", "Err:", "error:"))]
+    errors = [line for line in lines if line.startswith(("E: ", "error:"))]
     return (errors or lines[-1:] or ["it said nothing"])[0]
