@@ -1,6 +1,8 @@
 # make demo       the main job on a simulated DGX-2, end to end
 # make test       all tests, linters and types
 # make deb        the package, in build/deb
+# make images     the guest images' packages, in build/images; IMAGES="debian-12 ..." for others
+# make test-images  the same, then boots each by BIOS and by UEFI
 # make repo       a signed apt repository of the packages that were built
 # make bundle     the same with all they need, for a site without a network
 # make lab        an emulated DGX-2 with the package installed, and its root console
@@ -30,7 +32,8 @@ OFFLINE_PACKAGES := apt-utils gnupg gpg-agent debian-archive-keyring
 # Pinned: a newer linter may not find new faults in old code on the day of a release.
 TOOL_PACKAGES := ruff==0.17.6 types-PyYAML==6.0.12.20261113 types-jsonschema==4.26.0.20261006
 
-.PHONY: demo test lint unit integration package lab lab-shell lab-test bench deb repo bundle docs format clean
+.PHONY: demo test lint unit integration package images test-images lab lab-shell lab-test bench \
+	deb repo bundle docs format clean
 
 demo: .cache/installed-run
 	./demo
@@ -43,14 +46,14 @@ lint: .cache/installed-test $(TOOLS)/done deb
 	$(TOOLS)/bin/python -m mypy
 	shellcheck -x demo .ci/run tools/install.sh debian/host/{assignable,generator,host-mode,init-top} \
 		debian/host/{initramfs-hook,live-host,qemu-hook} debian/tests/{cli,install-remove,mode-switch} \
-		tests/lab/overlay/usr/local/sbin/lab-shell
+		tests/lab/overlay/usr/local/sbin/lab-shell guest-images/hooks/* guest-images/debian/prerm
 	shellcheck -s sh tests/lab/guest-init
 	shellcheck -s sh debian/host/grub-guard.cfg
 	rm -rf .cache/scripts && dpkg-deb --control build/deb/*.deb .cache/scripts
 	shellcheck .cache/scripts/{preinst,postinst,prerm,postrm}
 
 unit: .cache/installed-test docs
-	$(PYTHON) -m pytest -n 2 -m "not integration and not package"
+	$(PYTHON) -m pytest -n 2 -m "not integration and not package and not images"
 
 package: .cache/installed-package deb
 	$(PYTHON) -m pytest -n 2 -m package tests/package
@@ -58,6 +61,17 @@ package: .cache/installed-package deb
 integration: .cache/installed-test
 	$(PYTHON) -m pytest -m integration tests/integration
 
+# guest-images/README.md tells which there are. FRESH=1: with the archive's updates since the last
+# time. UBUNTU_MIRROR=ADDRESS: where images of Ubuntu come from.
+IMAGES := debian-11 debian-12 debian-13
+images: .cache/installed-images
+	$(PYTHON) -m tools.images build $(if $(FRESH),--fresh) $(IMAGES)
+
+# Builds images, unless they are built, and boots each by BIOS and by UEFI.
+test-images: .cache/installed-boot images
+	IMAGES="$(IMAGES)" $(PYTHON) -m pytest -v -m images tests/images
+
+export UBUNTU_MIRROR UBUNTU_KEYRING IMAGE_SOURCES
 # The emulated DGX; tests/lab/README.md. RELEASE=trixie: on Debian 13. FULL=1: all that lab-test can.
 LAB := PYTHONPATH=tests $(PYTHON) -m lab
 RELEASE := bookworm
@@ -111,6 +125,9 @@ clean:
 .cache/installed-run: PACKAGES := $(RUN_PACKAGES)
 .cache/installed-test: PACKAGES := $(TEST_PACKAGES)
 .cache/installed-lab: PACKAGES := $(BUILD_PACKAGES) $(OFFLINE_PACKAGES) mmdebstrap util-linux
+.cache/installed-images: PACKAGES := $(RUN_PACKAGES) mmdebstrap debian-archive-keyring dosfstools \
+	dpkg-dev e2fsprogs fdisk kmod mtools qemu-utils
+.cache/installed-boot: PACKAGES := $(TEST_PACKAGES) lintian openssh-client xorriso
 .cache/installed-package: PACKAGES := $(TEST_PACKAGES) $(BUILD_PACKAGES) mmdebstrap piuparts \
 	autopkgtest git $(OFFLINE_PACKAGES)
 .cache/installed-deb: PACKAGES := $(BUILD_PACKAGES)

@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def _no_commands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A unit test runs no command unless it says so: its answer would depend on this machine."""
-    if not any(map(request.node.get_closest_marker, ("commands", "integration"))):
+    if not any(map(request.node.get_closest_marker, ("commands", "images", "integration"))):
 
         def refuse(*arguments: Any, **_: Any) -> None:
             pytest.fail(f"a unit test runs the command {arguments[1:]}")

@@ -33,6 +33,13 @@ def test_own_suites_become_those_of_the_other_release(apt: Path) -> None:
     assert archive.sources("forky", backports=True) == wanted.format(" forky-backports")
 
 
+def test_components_that_are_missing_are_added(apt: Path) -> None:
+    (apt / "sources.list").write_text(f"deb file:/mirror {OWN} main contrib\n")
+    assert archive.sources("forky", components=("contrib", "non-free")) == (
+        "Types: deb\nURIs: file:/mirror\nSuites: forky\nComponents: main contrib non-free\n"
+    )
+
+
 def test_lines_of_the_old_form_are_understood(apt: Path) -> None:
     (apt / "sources.list").write_text(
         f"# main\ndeb [signed-by=/k.gpg] file:/mirror {OWN} main contrib\ndeb-src x y z\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 _APT = Path("/etc/apt")
@@ -15,11 +16,14 @@ class NoArchiveError(Exception):
     """This machine has no source that another release could be had from."""
 
 
-def sources(suite: str, *, backports: bool = False) -> str:
-    """This machine's apt sources of its own release, for another release."""
+def sources(suite: str, *, backports: bool = False, components: Sequence[str] = ()) -> str:
+    """This machine's apt sources of its own release, for another release.
+
+    `components` are wanted beside those that this machine takes itself.
+    """
     own = _own_release()
     stanzas = [
-        _one_suite_for_another(stanza, own, suite, backports)
+        _for_another(stanza, own, suite, backports, components)
         for stanza in _source_stanzas()
         if _suites(stanza) and set(_suites(stanza)) <= _archives(own)
     ]
@@ -77,9 +81,22 @@ def _suites(stanza: str) -> list[str]:
     )
 
 
-def _one_suite_for_another(stanza: str, own: str, suite: str, backports: bool) -> str:
-    more = f" {suite}-backports" if backports and own in _suites(stanza) else ""
-    lines = [line for line in stanza.splitlines() if not line.startswith("#")]
+def _for_another(
+    stanza: str, own: str, suite: str, backports: bool, components: Sequence[str]
+) -> str:
     return "\n".join(
-        line.replace(own, suite) + more if line.startswith("Suites:") else line for line in lines
+        _field_for_another(line, own, suite, backports, components)
+        for line in stanza.splitlines()
+        if not line.startswith("#")
     )
+
+
+def _field_for_another(
+    line: str, own: str, suite: str, backports: bool, components: Sequence[str]
+) -> str:
+    if line.startswith("Suites:"):
+        more = f" {suite}-backports" if backports and own in line.split() else ""
+        return line.replace(own, suite) + more
+    if line.startswith("Components:"):
+        return " ".join((line, *(name for name in components if name not in line.split())))
+    return line

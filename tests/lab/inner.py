@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import lzma
 import shutil
-import struct
 import tarfile
 from pathlib import Path, PurePosixPath
 
 from lab.tools import Tools
+from tools.images.disk import embed_bios_grub
 
 KERNEL = "boot/vmlinuz-"
 BUSYBOX = ("usr/bin/busybox", "bin/busybox")
@@ -22,10 +22,9 @@ MODULES = ("evdev", "button")  # what turns the power button into something to r
 DISK_MIB, ESP_MIB = 64, 60
 CORE_START_MIB, ESP_START_MIB = 1, 2
 
-# A BIOS runs the first sector, which reads GRUB's core from a partition of its own.
+# GRUB's core has a partition of its own.
 CORE_TYPE = "21686148-6449-6E6F-744E-656564454649"
 CORE_MODULES = ("biosdisk", "part_gpt", "fat", "search", "search_fs_file", "linux", "boot")
-SECTOR = 512
 
 GRUB_CFG = """\
 search --no-floppy --file /lab-guest/vmlinuz --set root
@@ -84,7 +83,8 @@ def make_guest(tools: Tools, directory: Path, pieces: Path) -> None:
         f"start={ESP_START_MIB}MiB, size={ESP_MIB}MiB, type=uefi\n"
     )
     tools.run("sbin/sfdisk", "--quiet", str(raw), text=table)
-    _embed_grub(raw, tools.path("lib/grub/i386-pc/boot.img"), _grub_core(tools, directory))
+    boot_image, core = tools.path("lib/grub/i386-pc/boot.img"), _grub_core(tools, directory)
+    embed_bios_grub(raw, boot_image, core, CORE_START_MIB)
     esp = tools.make_esp(directory, raw, ESP_START_MIB, ESP_MIB, GRUB_CFG)
     tools.run("bin/mmd", "-i", esp, "::/lab-guest")
     tools.run("bin/mcopy", "-i", esp, str(pieces / "vmlinuz"), str(initrd), "::/lab-guest")
@@ -96,7 +96,7 @@ def make_guest(tools: Tools, directory: Path, pieces: Path) -> None:
 
 
 def _grub_core(tools: Tools, scratch: Path) -> bytes:
-    """GRUB for BIOS with all that it needs to run GRUB_CFG, in whole sectors."""
+    """GRUB for BIOS with all that it needs to run GRUB_CFG."""
     core, config = scratch / "core.img", scratch / "core.cfg"
     config.write_text(GRUB_CFG)
     tools.run(
@@ -106,21 +106,4 @@ def _grub_core(tools: Tools, scratch: Path) -> bytes:
     data = core.read_bytes()
     core.unlink()
     config.unlink()
-    return data + bytes(-len(data) % SECTOR)
-
-
-def _embed_grub(disk: Path, boot_image: Path, core: bytes) -> None:
-    """Do what grub-bios-setup does, for which an image file is no disk."""
-    start = CORE_START_MIB * 2048
-    first, rest = bytearray(boot_image.read_bytes()), bytearray(core)
-    struct.pack_into("<QB", first, 0x5C, start, 0xFF)  # 0xff: from the drive that BIOS booted
-    first[0x66:0x68] = b"\x90\x90"  # do not believe a BIOS that calls that drive a floppy
-    # The core's first sector has to find the others, and puts them behind itself in memory.
-    struct.pack_into("<QHH", rest, SECTOR - 12, start + 1, len(core) // SECTOR - 1, 0x820)
-    with disk.open("r+b") as file:
-        file.seek(0x1B8)
-        first[0x1B8:] = file.read(SECTOR - 0x1B8)  # the protective MBR that sfdisk wrote
-        file.seek(0)
-        file.write(first)
-        file.seek(start * SECTOR)
-        file.write(rest)
+    return data

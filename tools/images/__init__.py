@@ -1,0 +1,1 @@
+"""Builds the guest images of guest-images/ and their packages; see guest-images/README.md."""
