@@ -25,7 +25,7 @@ SHAPE = "dgx2-small"
 IMAGES = {"eleven": "debian-11", "twelve": "debian-12", "thirteen": "debian-13"}  # by VM
 FIRST_BOOT = 3600.0  # seconds; a whole system in a VM in an emulated machine
 PLACE = "/srv/dgx-kvm"
-USER = "operator"
+USER = "lab"
 VMS = f"""\
 version: 1
 host: {{cpu_pool: {{cpus: 0, memory: 0%}}}}
