@@ -17,6 +17,7 @@ from dgx_kvm_sw.decide.domain import (
     Surroundings,
     desired_domain,
     desired_volumes,
+    with_seed_of,
 )
 from dgx_kvm_sw.decide.fit import Inputs
 from dgx_kvm_sw.decide.holdings import holdings_of
@@ -279,7 +280,7 @@ def _around(
         template_digests={
             name: templates.digest(name) for name in sorted({vm.template for vm in spec.vms})
         },
-        cloud_init=frozenset(each.name for each in catalogue.images.values() if each.cloud_init),
+        cloud_init=frozenset(name for name in catalogue.names if catalogue.cloud_init(name)),
         disk_io="io_uring" if site.simulated else disk_io(site.root),
         volumes=current.volumes,
     )
@@ -381,7 +382,7 @@ def _desired(
     facts = desired_domain(vm, placement, inputs.topology, around)
     held = current.domain(vm.name)
     if held:  # a host whose machine id has changed keeps the UUIDs its domains were made with
-        facts = replace(facts, uuid=held.facts.uuid)
+        facts = with_seed_of(replace(facts, uuid=held.facts.uuid), held.facts)
     return Desired(
         facts=facts,
         volumes=desired_volumes(vm, around),

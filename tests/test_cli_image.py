@@ -24,6 +24,9 @@ BOOT_SECTOR = bytes(510) + b"\x55\xaa"
 VM = "  - {{name: {}, gpus: 0, vcpus: 2, memory: 2GiB, image: {}}}\n"
 
 
+pytestmark = pytest.mark.commands  # qemu-img and gpgv; xorriso makes the seeds of VMs
+
+
 @pytest.fixture
 def bare(run: Host) -> Host:
     """A host with no image and no VM."""
@@ -205,7 +208,6 @@ def do_import(run: Host, folder: Path, *more: str, content: bytes = BOOT_SECTOR)
     return run(f"image import {file} --name mine --sha256 {checksum}", *more)
 
 
-@pytest.mark.commands
 def test_an_imported_image_makes_vms(bare: Host, tmp_path: Path) -> None:
     done = do_import(bare, tmp_path, "--version", "1.0")
     assert (done.code, done.err) == (0, "")
@@ -217,7 +219,6 @@ def test_an_imported_image_makes_vms(bare: Host, tmp_path: Path) -> None:
     assert "Nothing to do" in bare("plan").last
 
 
-@pytest.mark.commands
 def test_what_cannot_be_imported_leaves_nothing(bare: Host, tmp_path: Path) -> None:
     done = do_import(bare, tmp_path, content=b"no disk" * 100)
     assert done.code == ExitCode.FAILED
@@ -288,7 +289,6 @@ def told(run: Host) -> list[str]:
     return lines
 
 
-@pytest.mark.commands
 def test_hooks_are_told_of_packages_that_come_and_go(bare: Host) -> None:
     hook(bare, "image-added")
     hook(bare, "image-removed")
@@ -309,7 +309,6 @@ def test_hooks_are_told_of_packages_that_come_and_go(bare: Host) -> None:
     assert told(bare) == [f"image-removed debian-12 2 {file}"]
 
 
-@pytest.mark.commands
 def test_an_image_that_cannot_be_used_has_not_come(bare: Host) -> None:
     hook(bare, "image-added")
     image = add(bare.root, "debian-12")
@@ -323,7 +322,6 @@ def test_an_image_that_cannot_be_used_has_not_come(bare: Host) -> None:
     assert len(told(bare)) == 1
 
 
-@pytest.mark.commands
 def test_imports_and_removals_are_told_too(bare: Host, tmp_path: Path) -> None:
     hook(bare, "image-added")
     hook(bare, "image-removed")
@@ -335,7 +333,6 @@ def test_imports_and_removals_are_told_too(bare: Host, tmp_path: Path) -> None:
     assert line.startswith("image-removed mine 1.0 /")
 
 
-@pytest.mark.commands
 def test_a_hook_that_fails_is_reported_and_changes_nothing(bare: Host, tmp_path: Path) -> None:
     hook(bare, "image-added", "echo out of order >&2; exit 3")
     done = do_import(bare, tmp_path)
@@ -372,7 +369,6 @@ def test_a_bar_fills() -> None:
     assert drawn("x", 1 << 30, 2 << 30, "#-") == f"x {'#' * 15}{'-' * 15}  50 %  1 GiB of 2 GiB"
 
 
-@pytest.mark.commands
 def test_a_bar_is_drawn_for_a_person_only(bare: Host, tmp_path: Path) -> None:
     assert "█" not in do_import(bare, tmp_path).err
     add(bare.root, "big", bytes(40 << 20))

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 import pytest
+from catalogues import add
 from hosts import SimulatedHost
 
 from dgx_kvm_sw.access.files import Root
@@ -47,8 +48,7 @@ def facts(host: Host) -> Facts:
         name, _, size = case.rpartition("-")
         at = host(name, case)
         other = {"bios": "2, firmware: bios", "seed": "1, image: debian-12"}
-        image = '{"name": "debian-12", "path": "/images/debian-12.qcow2", "format": "qcow2"}'
-        at.root.write("/usr/share/dgx-kvm/images.d/debian-12.json", image)
+        add(at.root, "debian-12")
         gpus = other.get(size, size)
         at.declare(
             f"name: vm, gpus: {gpus}, tenant: hr, disks: [{{name: data, size: 1GiB}}], {REST}",
@@ -233,7 +233,8 @@ def test_no_secret_and_no_host_path_is_in_it(golden: Element) -> None:
     xml = ElementTree.tostring(golden, encoding="unicode")
     assert not re.search(r"passw|secret|/etc/|/home/|/root/|\bkey", xml, re.IGNORECASE)
     files = {e.get("file", "") for e in golden.iter() if e.get("file")}
-    assert all(f.startswith(("/var/lib/dgx-kvm/images/", "/var/log/libvirt/")) for f in files)
+    ours = ("/var/lib/dgx-kvm/images/", "/var/lib/dgx-kvm/bases/", "/var/log/libvirt/")
+    assert all(file.startswith(ours) for file in files)
 
 
 def test_firmware_is_as_declared() -> None:

@@ -128,7 +128,10 @@ def test_addresses(host: Host) -> None:
         ("address: 10.1.0.5/24, gateway: 10.2.0.1", "10.2.0.1 is in no network of this VM"),
         ("gateway: 10.2.0.1", "10.2.0.1 is in no network of this VM"),
         ("dns: 1.2.3", "1.2.3 is not an IP address"),
-        ("macvtap: eno1", "a mapping is not a network with exactly one of bridge, network and"),
+        (
+            "macvtap: eno1",
+            "a mapping is not a network with exactly one of bridge, network, macvtap",
+        ),
     ],
 )
 def test_bad_networks_are_told(host: Host, keys: str, message: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from catalogues import add
 from hosts import ALL, SimulatedHost
 from test_firstboot import KEY
 
@@ -29,8 +29,7 @@ SECRET = "#cloud-config\npassword: VERYSECRET\n"
 @pytest.fixture
 def at(host: Callable[..., SimulatedHost]) -> SimulatedHost:
     found = host("dgx-h100")
-    image = {"name": "debian-12", "path": "/images/debian-12.qcow2", "format": "qcow2"}
-    found.root.write("/usr/share/dgx-kvm/images.d/debian-12.json", json.dumps(image))
+    add(found.root, "debian-12")
     return found
 
 

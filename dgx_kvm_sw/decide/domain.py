@@ -36,6 +36,7 @@ class Surroundings:
 
 
 LOGICAL_VOLUME = "dgx-kvm."  # what the names of all of ours start with
+SEED = ".seed.iso"
 
 
 def domain_uuid(machine_id: str, name: str) -> str:
@@ -133,7 +134,7 @@ def own_disks(domain: DomainStatus, volumes: tuple[Volume, ...]) -> tuple[str, .
 
 
 def seed_path(vm: str, pool_path: str) -> str:
-    return f"{pool_path}/{vm}.seed.iso"
+    return f"{pool_path}/{vm}{SEED}"
 
 
 def interface_macs(vm: VmSpec, machine_id: str) -> tuple[str, ...]:
@@ -167,8 +168,16 @@ def _disks(vm: VmSpec, around: Surroundings, queues: int) -> tuple[DomainDisk, .
     )
 
 
+def with_seed_of(facts: DomainFacts, held: DomainFacts) -> DomainFacts:
+    """Keep the CD with the seed, whatever image the file names now: a cloud-init that misses it
+    begins anew.
+    """
+    disks = {disk.path for disk in facts.disks}
+    kept = (disk for disk in held.disks if disk.cdrom and disk.path.endswith(SEED))
+    return replace(facts, disks=(*facts.disks, *(d for d in kept if d.path not in disks)))
+
+
 def _seed_disk(vm: VmSpec, around: Surroundings) -> tuple[DomainDisk, ...]:
-    """The CD with the seed. It stays for good: a cloud-init that misses it begins anew."""
     if vm.image not in around.cloud_init:
         return ()
     path = seed_path(vm.name, around.pool_path)

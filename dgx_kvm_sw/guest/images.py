@@ -96,6 +96,10 @@ class Catalogue:
     def names(self) -> Collection[str]:
         return self.images.keys() | self.faults.keys()
 
+    def cloud_init(self, name: str) -> bool:
+        """Whether guests of this image read a seed; one whose manifest is bad may, like most."""
+        return name not in self.images or self.images[name].cloud_init
+
     @property
     def everything(self) -> tuple[Image, ...]:
         return (*self.images.values(), *self.older)

@@ -6,6 +6,7 @@ import json
 from xml.etree import ElementTree
 
 import pytest
+from catalogues import describe
 
 from dgx_kvm_sw.decide.plan import Intent
 from dgx_kvm_sw.model.actions import CreateVolume
@@ -25,9 +26,7 @@ def _image(claimed: ClaimedHost) -> None:
         root.path(IMAGE).parent.mkdir(parents=True)
         claimed.libvirtd.inside("qemu-img", "create", "-q", "-f", "qcow2", IMAGE, "64M")
         claimed.libvirtd.inside("qemu-io", "-c", "write -P 7 0 8M", IMAGE)
-    # Not where /var is in the namespace: qemu-img also runs outside of it.
-    manifest = {"name": "tiny", "path": str(root.path(IMAGE)), "format": "qcow2"}
-    root.write("/usr/share/dgx-kvm/images.d/tiny.json", json.dumps(manifest))
+    describe(root, "tiny", IMAGE, virtual_size_bytes=64 << 20)
 
 
 def info(claimed: ClaimedHost, name: str) -> dict[str, object]:
