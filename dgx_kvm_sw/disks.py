@@ -50,16 +50,16 @@ def room(
     grow = any(storage.growths(volumes, current) for volumes in wanted.values())
     if not grow and not any(news.values()):
         return (), ""
-    files = {image.base: image.path for image in catalogue.images.values()}
-    copies = {
-        # The base is made when it is first needed, of this file.
-        v.path: hypervisor.copy_mib(
-            v if root.exists(v.source) else replace(v, source=files.get(v.source, v.source))
-        )
-        for new in news.values()
-        for v in new
-        if v.source
-    }
+    made_of = {image.base: image.path for image in catalogue.images.values()}
+
+    def from_file(volume: Volume) -> Volume:
+        """A copy of what its base will be made of, where that is not there yet."""
+        there = root.exists(volume.source)
+        file = volume.source if there else made_of.get(volume.source, volume.source)
+        return replace(volume, source=str(root.path(file)))
+
+    new = [volume for volumes in news.values() for volume in volumes if volume.source]
+    copies = {volume.path: hypervisor.copy_mib(from_file(volume)) for volume in new}
     space = hypervisor.space(str(root.path(pool)))
     refused = tuple(storage.refusals(wanted, current, space, copies))
     return refused, storage.overcommitment(wanted, current, space)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -110,14 +111,15 @@ def test_a_copy_is_whole_or_not_there(
     with claimed.site.hypervisor() as hypervisor:
         plan = gather(claimed.site, hypervisor, Intent()).plan(Intent())
         (make,) = [a for a in plan.actions if isinstance(a, CreateVolume)]
+        volume = replace(make.volume, source=str(root.path(IMAGE)))
         monkeypatch.setattr("dgx_kvm_sw.guest.copies._COPY_SECONDS", 0.0)
         hypervisor.ensure_pool(POOL_PATH)
         with pytest.raises(HostError, match="qemu-img was ended"):
-            hypervisor.create_volume(make.volume)
+            hypervisor.create_volume(volume)
         assert not list(pool.glob("c.*"))
         (pool / "c.os.qcow2.part").write_text("of an apply that was killed")
         monkeypatch.undo()
-        hypervisor.create_volume(make.volume)
+        hypervisor.create_volume(volume)
     assert [each.name for each in pool.glob("c.*")] == ["c.os.qcow2"]
     found = info(claimed, "c.os.qcow2")
     assert found["virtual-size"] == 128 << 20 and "backing-filename" not in found
