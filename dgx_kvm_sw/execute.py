@@ -162,6 +162,7 @@ class _Run:
             self._phase(phase, list(group))
         if any(isinstance(each, UndefineDomain) and each.delete_volumes for each in self.done):
             self._remove_unneeded_bases()
+            self._remove_empty_pool()
         summary = {"event": "end", "done": len(self.done), "failed": len(self.failures)}
         write_journal(self.site, summary, sync=True)
         return Outcome(len(self.done), tuple(self.failures))
@@ -263,6 +264,13 @@ class _Run:
             write_journal(self.site, {"event": "bases removed", "files": removed}, sync=False)
         except DgxKvmError as error:
             write_journal(self.site, {"event": "bases kept", "error": error.message}, sync=False)
+
+    def _remove_empty_pool(self) -> None:
+        """With the last disk our pool goes too, or libvirt would keep it beyond our removal."""
+        try:
+            self.hypervisor.remove_empty_pool()
+        except DgxKvmError as error:
+            write_journal(self.site, {"event": "pool kept", "error": error.message}, sync=False)
 
     def _shut_down(self, action: ShutDownDomain) -> None:
         leave_off(self.site, action.uuid)  # first: a guest may answer by a reboot

@@ -286,6 +286,21 @@ def test_a_base_goes_with_the_last_disk_on_it(at: SimulatedHost) -> None:
     assert at.root.exists(new.base)
 
 
+def test_the_pool_goes_with_the_last_disk(at: SimulatedHost) -> None:
+    """Or libvirt would keep its definition when the package has gone."""
+    at.declare("name: a, gpus: 0", "name: b, gpus: 0")
+    at.settle()
+    at.declare("name: b, gpus: 0")
+    at.settle(ALL)
+    assert at.root.exists("/libvirt/pool")
+    at.declare()
+    at.settle(ALL)
+    assert not at.root.exists("/libvirt/pool")
+    at.declare("name: a, gpus: 0")
+    at.settle()
+    assert at.root.exists("/libvirt/pool")
+
+
 def test_a_disk_that_is_kept_keeps_its_base(at: SimulatedHost) -> None:
     old = add(at.root, "debian-12", b"old", version="1")
     at.declare("name: a, gpus: 0, image: debian-12", "name: b, gpus: 0")

@@ -152,7 +152,12 @@ def test_the_pool_is_made_once_and_holds_volumes(hypervisor: Hypervisor) -> None
     assert hypervisor.volumes() == (disk,)
     with pytest.raises(HypervisorError, match="exists"):
         hypervisor.create_volume(disk)
+    hypervisor.remove_empty_pool()
+    assert hypervisor.volumes() == (disk,), "there is a disk on it"
     hypervisor.delete_volume(disk.path)
+    hypervisor.remove_empty_pool()
+    with pytest.raises(libvirt.libvirtError):
+        hypervisor._connection.storagePoolLookupByName(POOL)
     assert hypervisor.volumes() == ()
     assert POOL == "dgx-kvm"
 

@@ -16,7 +16,7 @@ from dgx_kvm_sw.cli.session import hold, site_of
 from dgx_kvm_sw.decide.plan import Intent
 from dgx_kvm_sw.decide.reboots import MOST_REBOOTS, WITHIN_SECONDS, Seen, Verdict, judge
 from dgx_kvm_sw.execute import is_left_off, write_journal
-from dgx_kvm_sw.guest.hypervisor import Listener
+from dgx_kvm_sw.guest.listener import Listener
 from dgx_kvm_sw.model.errors import BadFileError, DgxKvmError, ExitCode
 from dgx_kvm_sw.model.events import DomainEvent
 from dgx_kvm_sw.reconcile import Site, read_current

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape  # of xml.sax.saxutils it costs 20 ms: that imports an HTTP client
-from queue import Empty, SimpleQueue
 from typing import Any
 from xml.etree import ElementTree
 
@@ -19,7 +16,6 @@ import libvirt
 from dgx_kvm_sw.guest import copies, domainxml, lvm, networkxml
 from dgx_kvm_sw.model.domain import DomainFacts, HostNetwork, Space, Volume, VolumeGroup
 from dgx_kvm_sw.model.errors import HypervisorError
-from dgx_kvm_sw.model.events import DomainEvent, EventKind
 from dgx_kvm_sw.model.pci import CpuSet
 
 POOL = "dgx-kvm"
@@ -67,7 +63,7 @@ class Hypervisor:
     def domains(self) -> tuple[DomainXml, ...]:
         """Return all domains, by name; one that vanishes while we look is left out."""
         found = []
-        with _explained("list the domains"):
+        with explained("list the domains"):
             domains = self._connection.listAllDomains()
         for domain in domains:
             try:
@@ -81,12 +77,12 @@ class Hypervisor:
 
     def domain(self, name: str) -> DomainXml:
         """Return one domain; raises HypervisorError when there is no such domain."""
-        with _explained(f"find {name}"):
+        with explained(f"find {name}"):
             return _domain_xml(self._connection.lookupByName(name))
 
     def define(self, name: str, xml: str) -> None:
         """Define or redefine, always validated: libvirt drops misspelt elements silently."""
-        with _explained(f"define {name}"):
+        with explained(f"define {name}"):
             self._connection.defineXMLFlags(xml, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
 
     def update_live(self, facts: DomainFacts, metadata: tuple[str, str, str]) -> None:
@@ -94,7 +90,7 @@ class Hypervisor:
 
         `metadata` is (element as XML, prefix, namespace).
         """
-        with _explained(f"change {facts.name} while it runs"):
+        with explained(f"change {facts.name} while it runs"):
             domain = self._connection.lookupByUUIDString(facts.uuid)
             for vcpu, cpus in enumerate(facts.vcpu_pins):
                 domain.pinVcpu(vcpu, _cpu_map(cpus))
@@ -106,7 +102,7 @@ class Hypervisor:
             )
 
     def start(self, name: str, uuid: str) -> None:
-        with _explained(f"start {name}"):
+        with explained(f"start {name}"):
             self._connection.lookupByUUIDString(uuid).create()
 
     def shut_down(self, name: str, uuid: str, timeout: float, *, force: bool) -> None:
@@ -115,7 +111,7 @@ class Hypervisor:
         Asked more than once: one that is still booting hears nothing yet. Raises HypervisorError
         when the guest is still up after `timeout` seconds.
         """
-        with _explained(f"shut down {name}"):
+        with explained(f"shut down {name}"):
             domain = self._connection.lookupByUUIDString(uuid)
             asked, end = 0.0, time.monotonic() + timeout
             while _runs(domain) and (now := time.monotonic()) < end:
@@ -135,7 +131,7 @@ class Hypervisor:
         )
 
     def undefine(self, name: str, uuid: str) -> None:
-        with _explained(f"undefine {name}"), _ignored(libvirt.VIR_ERR_NO_DOMAIN):
+        with explained(f"undefine {name}"), _ignored(libvirt.VIR_ERR_NO_DOMAIN):
             domain = self._connection.lookupByUUIDString(uuid)
             if self._connection.getType() == "TEST":
                 domain.undefine()  # the test driver knows no flags
@@ -157,7 +153,7 @@ class Hypervisor:
         if pool is None or not pool.isActive():
             return ()
         found = []
-        with _explained(f"list the volumes of the pool {POOL}"):
+        with explained(f"list the volumes of the pool {POOL}"):
             if fresh:
                 _refresh(pool)
             for volume in pool.listAllVolumes():
@@ -170,7 +166,7 @@ class Hypervisor:
     def ensure_pool(self, path: str) -> None:
         """Define and start our storage pool where it is missing or stopped."""
         pool = self._pool()
-        with _explained(f"make the storage pool {POOL} at {path}"):
+        with explained(f"make the storage pool {POOL} at {path}"):
             if pool is None:
                 target = f"<target><path>{escape(path)}</path></target>"
                 pool = self._connection.storagePoolDefineXML(
@@ -181,12 +177,22 @@ class Hypervisor:
                 pool.build()
                 pool.create()
 
+    def remove_empty_pool(self) -> None:
+        """Take our storage pool out of libvirt once nothing is in its folder, which stays."""
+        pool = self._pool()
+        if pool is not None and pool.isActive():
+            with explained(f"remove the storage pool {POOL}"):
+                _refresh(pool)
+                if not pool.listVolumes():
+                    pool.destroy()
+                    pool.undefine()
+
     def create_volume(self, volume: Volume) -> None:
         if volume.group:
             lvm.create(volume)
         elif volume.source:
             copies.make(volume)
-            with _explained(f"find the disk {volume.name}"):
+            with explained(f"find the disk {volume.name}"):
                 _refresh(self._connection.storagePoolLookupByName(POOL))
         else:
             self._create_file(volume)
@@ -199,7 +205,7 @@ class Hypervisor:
                 f"<backingStore><path>{escape(volume.backing)}</path>"
                 f"<format type='{volume.backing_format}'/></backingStore>"
             )
-        with _explained(f"create the disk {volume.name}"):
+        with explained(f"create the disk {volume.name}"):
             pool = self._connection.storagePoolLookupByName(POOL)
             xml = (
                 f"<volume><name>{escape(volume.name)}</name>"
@@ -219,7 +225,7 @@ class Hypervisor:
     def grow_volume(self, volume: Volume) -> None:
         """Make a disk larger that no running domain has; a raw one takes the space at once."""
         flags = libvirt.VIR_STORAGE_VOL_RESIZE_ALLOCATE if volume.format == "raw" else 0
-        with _explained(f"grow the disk {volume.name}"):
+        with explained(f"grow the disk {volume.name}"):
             held = self._connection.storageVolLookupByPath(volume.path)
             held.resize(volume.capacity_mib << 20, flags)
 
@@ -227,7 +233,7 @@ class Hypervisor:
         if path.startswith("/dev/"):
             lvm.remove(path)
             return
-        with _explained(f"delete the disk {path}"):
+        with explained(f"delete the disk {path}"):
             self._connection.storageVolLookupByPath(path).delete()
 
     def logical_volumes(self) -> tuple[tuple[VolumeGroup, ...], tuple[Volume, ...]]:
@@ -251,7 +257,7 @@ class Hypervisor:
     def networks(self) -> tuple[HostNetwork, ...]:
         """Return all virtual networks, by name; none where libvirt is built without."""
         found = []
-        with _explained("list the networks"), _ignored(libvirt.VIR_ERR_NO_SUPPORT):
+        with explained("list the networks"), _ignored(libvirt.VIR_ERR_NO_SUPPORT):
             for network in self._connection.listAllNetworks():
                 with _ignored(libvirt.VIR_ERR_NO_NETWORK):
                     active = bool(network.isActive())
@@ -260,7 +266,7 @@ class Hypervisor:
 
     def ensure_network(self, network: HostNetwork) -> None:
         """Define and start a network of ours where it is missing or stopped."""
-        with _explained(f"make the network {network.name}"):
+        with explained(f"make the network {network.name}"):
             there = {each.name(): each for each in self._connection.listAllNetworks()}
             held = there.get(network.name)
             if held is None:
@@ -272,7 +278,7 @@ class Hypervisor:
 
     def remove_network(self, name: str) -> None:
         """Remove a network of ours, unless a domain has come to use it."""
-        with _explained(f"remove the network {name}"), _ignored(libvirt.VIR_ERR_NO_NETWORK):
+        with explained(f"remove the network {name}"), _ignored(libvirt.VIR_ERR_NO_NETWORK):
             held = self._connection.networkLookupByName(name)
             _check_ours(held)
             for domain in self.domains():
@@ -294,71 +300,6 @@ class Hypervisor:
             raise HypervisorError(
                 f"libvirt could not find its storage pools: {_reason(error)}"
             ) from error
-
-
-class Listener(Hypervisor):
-    """A connection that also hears what happens to domains, from its beginning on.
-
-    A thread of its own runs libvirt's event loop, for as long as the process lives: it also
-    answers libvirtd when that asks whether we are still there.
-    """
-
-    def __init__(self, uri: str) -> None:
-        import libvirt_qemu  # the verbs that listen to nothing need not load it
-
-        libvirt.virEventRegisterDefaultImpl()  # libvirt wants it before the connection
-        super().__init__(uri)
-        self._heard: SimpleQueue[DomainEvent | None] = SimpleQueue()  # None: no connection more
-        threading.Thread(target=self._run, name="libvirt events", daemon=True).start()
-        with _explained("tell what happens to its domains"):
-            self._connection.registerCloseCallback(lambda *_: self._heard.put(None), None)
-            # Not by libvirt's own events: none of them says why QEMU ends. To hear QEMU's does
-            # not taint a domain, as to command its monitor would.
-            libvirt_qemu.qemuMonitorEventRegister(
-                self._connection, None, "SHUTDOWN", self._on_shutdown, None
-            )
-            self._connection.domainEventRegisterAny(
-                None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._on_lifecycle, None
-            )
-
-    def wait(self) -> tuple[DomainEvent, ...]:
-        """Return what has been heard since the last time, in its order; wait for something.
-
-        Raises HypervisorError when libvirt has ended.
-        """
-        heard = [self._heard.get()]
-        with contextlib.suppress(Empty):
-            while True:
-                heard.append(self._heard.get_nowait())
-        if None in heard:
-            raise HypervisorError("libvirt has closed the connection")
-        return tuple(event for event in heard if event)
-
-    def _run(self) -> None:
-        try:
-            while True:
-                libvirt.virEventRunDefaultImpl()
-        finally:
-            self._heard.put(None)
-
-    def _on_shutdown(
-        self, _c: Any, domain: Any, _e: str, _s: int, _us: int, details: str | None, _o: None
-    ) -> None:
-        try:
-            reason = str(json.loads(details or "{}").get("reason", ""))
-        except (ValueError, AttributeError):
-            reason = ""
-        self._put(EventKind.ENDING, domain, reason)
-
-    def _on_lifecycle(self, _c: Any, domain: Any, event: int, detail: int, _o: None) -> None:
-        if event == libvirt.VIR_DOMAIN_EVENT_STARTED:
-            self._put(EventKind.STARTED, domain)
-        elif event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
-            orderly = detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN
-            self._put(EventKind.OFF, domain, "shutdown" if orderly else "")
-
-    def _put(self, kind: EventKind, domain: Any, reason: str = "") -> None:
-        self._heard.put(DomainEvent(kind, domain.name(), domain.UUIDString(), reason))
 
 
 def _domain_xml(domain: Any) -> DomainXml:
@@ -435,7 +376,7 @@ def _ignored(code: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(doing: str) -> Iterator[None]:
+def explained(doing: str) -> Iterator[None]:
     try:
         yield
     except libvirt.libvirtError as error:

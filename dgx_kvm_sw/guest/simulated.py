@@ -110,6 +110,11 @@ class SimulatedHypervisor(Hypervisor):
         super().ensure_pool(path)
         self._root.write(_POOL, path, sync=False)
 
+    def remove_empty_pool(self) -> None:
+        super().remove_empty_pool()
+        if self._pool() is None:
+            self._root.remove(_POOL)
+
     def create_volume(self, volume: Volume) -> None:
         if not volume.group:
             super()._create_file(volume)

@@ -14,7 +14,8 @@ TREE = r"""
 find_all() {
     find $places -xdev \( -name __pycache__ -o -path /etc/mtab -o -path /etc/.pwd.lock \
         -o -path /etc/ld.so.cache -o -path /etc/resolv.conf -o -path /boot/grub/grubenv \) \
-        -prune -o "$@" 2>/dev/null
+        -prune -o ! -path /etc/libvirt/storage ! -path /etc/libvirt/storage/autostart "$@" \
+        2>/dev/null
 }
 places='/usr'
 find_all -type f -printf '%y %m %u:%g %p %s\n'

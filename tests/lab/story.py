@@ -98,15 +98,17 @@ def tell(package: Path, release: str, shape: str) -> None:
     guest = build.guest_image(release)
     with Machine(kit, Hardware(named(shape), disk), name) as host:
         story = Story(host, named(shape), VMS[shape])
-        story.bare_metal(package)
-        story.install()
-        story.kvm_mode()
-        story.vms(guest)
-        story.guest_reboot()
-        story.host_reboot()
-        story.change()
-        story.remove()
-        tour = story.tour.save(host.real / "tour.md")
+        try:
+            story.bare_metal(package)
+            story.install()
+            story.kvm_mode()
+            story.vms(guest)
+            story.guest_reboot()
+            story.host_reboot()
+            story.change()
+            story.remove()
+        finally:
+            tour = story.tour.save(host.real / "tour.md")
     say(f"the story is told; what was typed and answered: {tour}")
 
 
