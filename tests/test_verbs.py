@@ -456,12 +456,15 @@ def test_create_and_delete_leave_nothing_behind(eight: Host) -> None:
     assert (refused.code, "--stop" in refused.err) == (ExitCode.FAILED, True)
     kept = eight("delete lab --stop")
     assert f"Its disks stay:\n  {POOL_PATH}/lab.data.qcow2\n  {POOL_PATH}/lab.os" in kept.out
-    again = eight("create lab --gpus 2")
+    again = eight("create lab --gpus 2")  # without the data disk
     assert again.code == 0
     assert f"Note: lab takes the disk {POOL_PATH}/lab.os.qcow2 as it is\n" in again.out
     assert "lab.os.qcow2 was made from" in again.out  # what plan would note too
     gone = eight("delete lab --stop --delete-disks")
-    assert gone.out == f"Its disks are deleted:\n  {POOL_PATH}/lab.os.qcow2\nDone: 1 deleted.\n"
+    assert gone.out == (
+        f"Its disks are deleted:\n  {POOL_PATH}/lab.os.qcow2\n"
+        f"Disks that were its own once stay:\n  {POOL_PATH}/lab.data.qcow2\nDone: 1 deleted.\n"
+    )
     assert _state(eight) - {"/libvirt/volumes/lab.data.qcow2"} == before
 
 
