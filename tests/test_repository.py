@@ -43,3 +43,11 @@ def test_neither_a_file_nor_a_link_is_a_folder_of_ours(tmp_path: Path) -> None:
     for name in ("file", "link"):
         with pytest.raises(OfflineError, match="is no repository"):
             repository.check_replaceable(tmp_path / name, ("dists",), "repository")
+
+
+def test_packages_that_were_not_built_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bundle, "built", lambda: [Path("dgx-kvm-sw_1_all.deb")])
+    assert bundle.main(["bookworm", "nonsense"]) == 1
+    assert capsys.readouterr() == ("", "bundle: nonsense: not built; there are dgx-kvm-sw\n")
