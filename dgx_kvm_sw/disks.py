@@ -91,10 +91,15 @@ def _differences(have: Volume, declared: Volume) -> Iterator[str]:
     elif have.group and -(-declared.capacity_mib // 4) > -(-have.capacity_mib // 4):
         yield f"disk {have.name} has {sizes}; logical volumes are not resized"
     made, wanted = _origin(have.backing), _origin(declared.backing)
-    if made != wanted:
+    if made != wanted and have.backing:
         yield (
-            f"disk {have.name} was made from {made or 'nothing'}, the file says"
-            f" {wanted or 'nothing'}; a disk stays what it was made from"
+            f"disk {have.name} was made from {made}, the file says"
+            f" {wanted or 'independent of any image'}; a disk stays what it was made from"
+        )
+    elif made != wanted:
+        yield (
+            f"disk {have.name} is independent of any image, the file says an overlay on {wanted};"
+            " it stays what it is"
         )
 
 

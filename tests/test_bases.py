@@ -263,13 +263,25 @@ def test_another_image_in_the_file_changes_no_disk(at: SimulatedHost) -> None:
     add(at.root, "debian-13", b"newer")
     at.declare("name: a, gpus: 0, image: debian-12")
     at.settle()
-    for said, other in (("image: debian-13, ", "debian-13"), ("", "nothing")):
+    for said, other in (("image: debian-13, ", "debian-13"), ("", "independent")):
         at.declare(f"name: a, {said}gpus: 0")
         plan = at.plan()
         (note,) = (note for note in plan.notes if "first boot settings" not in note)
         assert "disk a.os.qcow2 was made from debian-12, the file says " + other in note
         assert not plan.pending
     assert backings(at) == {"a.os.qcow2": image.base}
+
+
+def test_a_copy_stays_independent_of_its_image(at: SimulatedHost) -> None:
+    add(at.root, "debian-12")
+    vm = "name: a, state: stopped, gpus: 0, image: debian-12"
+    at.declare(f"{vm}, os_disk: {{from: copy}}")
+    at.settle()
+    assert at.plan().notes == ()
+    at.declare(vm)
+    (note,) = at.plan().notes
+    assert "is independent of any image, the file says an overlay on debian-12" in note
+    assert at.plan().actions == ()
 
 
 def test_a_base_goes_with_the_last_disk_on_it(at: SimulatedHost) -> None:

@@ -19,6 +19,7 @@ from dgx_kvm_sw.cli.output import size
 from dgx_kvm_sw.execute import JOURNAL
 from dgx_kvm_sw.guest.images import BASES, IMPORTED, MANIFESTS, Image
 from dgx_kvm_sw.model.errors import ExitCode
+from dgx_kvm_sw.reconcile import POOL_PATH
 
 BOOT_SECTOR = bytes(510) + b"\x55\xaa"
 VM = "  - {{name: {}, gpus: 0, vcpus: 2, memory: 2GiB, image: {}}}\n"
@@ -259,8 +260,11 @@ def test_an_image_that_disks_lie_on_is_not_removed(bare: Host) -> None:
     declare(bare, ("a", "mine"))
     bare("apply")
     declare(bare)
+    refused(bare, image, "disks of a lie on it\n  delete a with --delete-disks first\n")
     bare("apply --prune --restart")  # without --delete-disks
     refused(bare, image, "image mine is needed: disks of a lie on it")
+    way = f"disk {POOL_PATH}/a.os.qcow2 is kept of a deleted VM: virsh vol-delete --pool dgx-kvm"
+    refused(bare, image, f"{way} a.os.qcow2\n")
 
 
 @pytest.mark.parametrize(("vm", "head"), [("mine", ""), ("debian-12", "defaults: {image: mine}\n")])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from catalogues import add
 from hosts import ALL, SimulatedHost
 from machines import MACHINES, own
 
@@ -360,6 +361,20 @@ def test_a_disk_that_is_not_the_vms_own_is_never_deleted(h100: SimulatedHost) ->
     h100.declare("name: shared, gpus: 0", "name: aa, gpus: 0")
     h100.settle(ALL)
     assert [volume.name for volume in h100.state().volumes] == ["aa.os.qcow2", "shared.os.qcow2"]
+
+
+@pytest.mark.commands  # xorriso
+def test_what_was_a_disk_of_an_orphan_once_is_named(h100: SimulatedHost) -> None:
+    add(h100.root, "debian-12")  # so that there is a seed, which is no disk
+    vm = "name: a, state: stopped, gpus: 0, image: debian-12, disks: [{name: %s, size: 1GiB}]"
+    for disk in "d", "e":
+        h100.declare(vm % disk)
+        h100.settle()
+    h100.declare()
+    changes = {c.field: (c.old, c.new) for c in h100.row("a", ALL).changes}
+    path = "/var/lib/dgx-kvm/images/a"
+    assert changes["disks"] == (f"{path}.e.qcow2, {path}.os.qcow2", "deleted")
+    assert changes["detached disks"] == (f"{path}.d.qcow2", "kept")
 
 
 def test_an_orphan_keeps_its_devices_until_it_goes(h100: SimulatedHost) -> None:

@@ -403,6 +403,42 @@ def test_a_network_comes_and_goes_with_a_vm_of_create(eight: Host) -> None:
     assert list(saved.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "last"),
+    [
+        ("disks: [{name: d, size: 1GiB}]", "disks: [{name: d, size: 2GiB}]", "Done: 1 changed."),
+        ("", "networks: [{nat: true}]", "Done: 1 changed."),
+    ],
+)
+def test_what_was_done_to_a_stopped_vm_is_told(
+    run: Host, before: str, after: str, last: str
+) -> None:
+    vm = "version: 1\nvms: [{name: a, state: stopped, gpus: 0, %s}]\n"
+    run.declare(vm % before)
+    assert run("apply").last == "Done: 1 created."
+    run.declare(vm % after)
+    assert run("apply").last == last
+    assert run("plan").code == 0
+
+
+def test_a_network_that_goes_is_told(run: Host) -> None:
+    vm = "version: 1\nvms: [{name: a, state: stopped, gpus: 0, %s}]\n"
+    for networks, last in (
+        ("networks: [{nat: true}]", "Done: 1 created."),
+        ("", "Done: 1 changed."),
+        ("", "Done: 1 network removed."),
+    ):
+        run.declare(vm % networks)
+        assert run("apply").last == last
+
+
+def test_a_lost_disk_that_is_made_anew_is_a_change(run: Host) -> None:
+    run.declare("version: 1\nvms: [{name: a, state: stopped, gpus: 0}]\n")
+    run("apply")
+    run.root.remove("/libvirt/volumes/a.os.qcow2")
+    assert run("apply").last == "Done: 1 changed."
+
+
 @pytest.mark.commands  # xorriso
 def test_create_and_delete_leave_nothing_behind(eight: Host) -> None:
     eight.declare(EIGHT.replace("gpus: 2", "gpus: 1"))
@@ -420,12 +456,15 @@ def test_create_and_delete_leave_nothing_behind(eight: Host) -> None:
     assert (refused.code, "--stop" in refused.err) == (ExitCode.FAILED, True)
     kept = eight("delete lab --stop")
     assert f"Its disks stay:\n  {POOL_PATH}/lab.data.qcow2\n  {POOL_PATH}/lab.os" in kept.out
-    again = eight("create lab --gpus 2")
+    again = eight("create lab --gpus 2")  # without the data disk
     assert again.code == 0
     assert f"Note: lab takes the disk {POOL_PATH}/lab.os.qcow2 as it is\n" in again.out
     assert "lab.os.qcow2 was made from" in again.out  # what plan would note too
     gone = eight("delete lab --stop --delete-disks")
-    assert gone.out == f"Its disks are deleted:\n  {POOL_PATH}/lab.os.qcow2\nDone: 1 deleted.\n"
+    assert gone.out == (
+        f"Its disks are deleted:\n  {POOL_PATH}/lab.os.qcow2\n"
+        f"Disks that were its own once stay:\n  {POOL_PATH}/lab.data.qcow2\nDone: 1 deleted.\n"
+    )
     assert _state(eight) - {"/libvirt/volumes/lab.data.qcow2"} == before
 
 

@@ -15,7 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools import archive
-from tools.repository import KEYRING, TREE, OfflineError, built, index, place, run
+from tools.repository import (
+    KEYRING,
+    TREE,
+    OfflineError,
+    built,
+    check_replaceable,
+    index,
+    place,
+    run,
+)
 
 INSTALL = Path(__file__).with_name("install.sh")
 SOURCE = "dgx-kvm.sources"
@@ -51,6 +60,7 @@ def make(release: str, names: Sequence[str] = (), out: Path = TREE / "build/bund
     own = _chosen(built(), names)
     version = next(file.name.split("_")[1] for file in own if _name(file) == "dgx-kvm-sw")
     folder = out / f"dgx-kvm-{version}-{release}"
+    check_replaceable(folder, (INSTALL.name, "dists"), "bundle")
     if folder.exists():
         run("rm", "-r", str(folder))
     (folder / "pool").mkdir(parents=True)

@@ -49,6 +49,7 @@ def built() -> list[Path]:
 
 def make(folder: Path, packages: Iterable[Path], suite: str) -> None:
     """Make a repository of these files in a new folder, which replaces the one of this name."""
+    check_replaceable(folder, ("dists",), "repository")
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     (new / "pool").mkdir(parents=True)
@@ -57,6 +58,16 @@ def make(folder: Path, packages: Iterable[Path], suite: str) -> None:
     index(new, suite)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
+
+
+def check_replaceable(folder: Path, marks: Iterable[str], kind: str) -> None:
+    """Raise unless the folder is absent, empty, or what we made before: one with these marks."""
+    if not os.path.lexists(folder):
+        return
+    ours = folder.is_dir() and not folder.is_symlink()
+    if ours and (not any(folder.iterdir()) or all((folder / mark).exists() for mark in marks)):
+        return
+    raise OfflineError(f"{folder} is there and is no {kind}; name another folder or remove it")
 
 
 def place(file: Path, folder: Path) -> None:

@@ -15,7 +15,7 @@ from dgx_kvm_sw.cli import plans
 from dgx_kvm_sw.cli.output import counted, listed, say, view_of
 from dgx_kvm_sw.cli.progress import Report, carry_out, exit_code, result
 from dgx_kvm_sw.cli.session import Session, gathered, hold, site_of
-from dgx_kvm_sw.decide.domain import own_disks
+from dgx_kvm_sw.decide.domain import detached_disks, own_disks
 from dgx_kvm_sw.decide.networks import needed, unused
 from dgx_kvm_sw.decide.plan import Intent
 from dgx_kvm_sw.execute import Power
@@ -232,8 +232,10 @@ def _take_down(session: Session, held: DomainStatus, args: Namespace) -> Report:
     )
     power = Power(args.timeout, args.force)
     report = carry_out(session, actions, power, quiet=args.quiet)
-    if disks and not exit_code(report):
+    apart = detached_disks(held, session.situation.current.volumes)
+    if not exit_code(report):
         title = "Its disks are deleted:" if doomed else "Its disks stay:"
-        lines = [title, *(f"  {disk}" for disk in disks)]
-        say("\n".join(lines), quiet=args.quiet)
+        for head, paths in ((title, disks), ("Disks that were its own once stay:", apart)):
+            if paths:
+                say("\n  ".join((head, *paths)), quiet=args.quiet)
     return report

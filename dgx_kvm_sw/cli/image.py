@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from dgx_kvm_sw.cli.session import site_of
 from dgx_kvm_sw.guest import announcing, bases, checksums, images
 from dgx_kvm_sw.guest.images import Catalogue, Fault, Image
 from dgx_kvm_sw.model.base import to_json
+from dgx_kvm_sw.model.domain import Volume
 from dgx_kvm_sw.model.errors import BadFileError, DgxKvmError, ExitCode, UsageError
 from dgx_kvm_sw.reconcile import Site, read_current
 
@@ -288,16 +289,29 @@ def _check_removable(site: Site, found: Catalogue, name: str) -> None:
         )
     ours = {each.path for each in imports}
     with site.hypervisor() as hypervisor:
-        users = bases.users(read_current(hypervisor), hypervisor.volumes(fresh=True))
-    vms = set[str]().union(
-        *(who for path, who in users.items() if path in ours or not ours and _is_of(path, name))
-    )
-    if vms:
+        current, volumes = read_current(hypervisor), hypervisor.volumes(fresh=True)
+
+    def lies_on_it(path: str) -> bool:
+        return path in ours or not ours and _is_of(path, name)
+
+    users = bases.users(current, volumes)
+    if vms := set[str]().union(*(who for path, who in users.items() if lies_on_it(path))):
+        held = vms & {domain.name for domain in current.domains}
         raise UsageError(
             f"image {name} is needed: disks of {listed(sorted(vms))} lie on it",
-            "delete these VMs with their disks first",
+            "; ".join(_ways_out(held, [v for v in volumes if lies_on_it(v.backing)])),
         )
     _check_undeclared(site, found, name)
+
+
+def _ways_out(held: Set[str], disks: Iterable[Volume]) -> Iterator[str]:
+    """How to remove these disks; only the VMs that libvirt holds can be deleted with theirs."""
+    if held:
+        yield f"delete {listed(sorted(held))} with --delete-disks first"
+    for disk in disks:
+        if disk.name.partition(".")[0] not in held:
+            command = f"virsh vol-delete --pool dgx-kvm {disk.name}"
+            yield f"disk {disk.path} is kept of a deleted VM: {command}"
 
 
 def _is_of(path: str, name: str) -> bool:

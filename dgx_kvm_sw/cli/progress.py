@@ -15,13 +15,19 @@ from dgx_kvm_sw.cli.session import Session
 from dgx_kvm_sw.execute import Event, Power, Stage, execute
 from dgx_kvm_sw.model.actions import (
     Action,
+    CreateVolume,
     DefineDomain,
+    EnsureNetwork,
+    GrowVolume,
+    RemoveNetwork,
     ShutDownDomain,
     StartDomain,
     UndefineDomain,
+    WriteSeed,
 )
 from dgx_kvm_sw.model.errors import DgxKvmError, ExitCode
 
+_CHANGES = (DefineDomain, CreateVolume, EnsureNetwork, GrowVolume, WriteSeed)  # of a VM
 _CLEAR_LINE = "\r\033[K"
 
 
@@ -74,20 +80,22 @@ class Report:
         failed = {action.vm for action, _ in self.failures}
         return tuple(a for a in self.actions if a not in self.done and a.vm not in failed)
 
-    def names(self, kind: type[Action]) -> set[str]:
-        return {action.vm for action in self.done if isinstance(action, kind)}
+    def names(self, *kinds: type[Action]) -> set[str]:
+        return {action.vm for action in self.done if isinstance(action, kinds)}
 
     def counts(self, created: set[str]) -> str:
         """Return "8 created, 8 started" of what was done; `created` were not there before."""
         started, stopped = self.names(StartDomain), self.names(ShutDownDomain)
         defined, deleted = self.names(DefineDomain), self.names(UndefineDomain)
+        networks = self.names(RemoveNetwork)
         counts = (
             (defined & created, "created"),
-            (defined - created, "changed"),
+            (self.names(*_CHANGES) - created, "changed"),
             (deleted, "deleted"),
             (started & stopped, "restarted"),
             (started - stopped, "started"),
             (stopped - started - deleted, "stopped"),
+            (networks, "network removed" if len(networks) == 1 else "networks removed"),
         )
         return ", ".join(f"{len(names)} {word}" for names, word in counts if names)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dgx_kvm_sw.decide.guest_pci import guest_tree, mmio64_mib
@@ -129,8 +130,20 @@ def own_disks(domain: DomainStatus, volumes: tuple[Volume, ...]) -> tuple[str, .
     VM names hold no dot, so what starts like one of its disks is one.
     """
     attached = {disk.path for disk in domain.facts.disks if not disk.cdrom}
-    prefixes = (f"{domain.name}.", f"{LOGICAL_VOLUME}{domain.name}.")
-    return tuple(v.path for v in volumes if v.path in attached and v.name.startswith(prefixes))
+    return tuple(path for path in _disks_named(domain.name, volumes) if path in attached)
+
+
+def detached_disks(domain: DomainStatus, volumes: tuple[Volume, ...]) -> tuple[str, ...]:
+    """Return paths of disks that were the domain's own once: nothing of ours deletes them."""
+    attached = {disk.path for disk in domain.facts.disks}
+    return tuple(path for path in _disks_named(domain.name, volumes) if path not in attached)
+
+
+def _disks_named(vm: str, volumes: tuple[Volume, ...]) -> Iterator[str]:
+    prefixes = (f"{vm}.", f"{LOGICAL_VOLUME}{vm}.")
+    for volume in volumes:
+        if volume.name.startswith(prefixes) and volume.name != f"{vm}{SEED}":
+            yield volume.path
 
 
 def seed_path(vm: str, pool_path: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dgx_kvm_sw.decide.changes import LIVE_FIELDS, Difference, differences, same, size_text
-from dgx_kvm_sw.decide.domain import own_disks
+from dgx_kvm_sw.decide.domain import detached_disks, own_disks
 from dgx_kvm_sw.decide.networks import unused
 from dgx_kvm_sw.decide.storage import growths
 from dgx_kvm_sw.model.actions import (
@@ -241,6 +241,8 @@ def _orphan_step(domain: DomainStatus, current: CurrentState, intent: Intent) ->
         changes.append(Change("disks", ", ".join(disks), "deleted", Effect.DESTROYS_DATA))
     elif disks:
         changes.append(Change("disks", ", ".join(disks), "kept", Effect.LIVE))
+    if apart := detached_disks(domain, current.volumes):
+        changes.append(Change("detached disks", ", ".join(apart), "kept", Effect.LIVE))
     row = _row(domain.name, Verb.DELETE, changes, missing)
     if missing:
         return _Step(row, ())

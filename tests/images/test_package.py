@@ -185,6 +185,8 @@ def test_an_image_that_a_vm_needs_stays(machine: Machine, backing: str, action: 
     assert f"{PACKAGE}: VMs have disks that need this image; nothing was removed" in said
     for vm in ("lab", "hr.train"):
         assert f"{vm}: {DELETE.format(vm=vm)}" in said
+        assert f"{machine.disks}/{vm}.os.qcow2; where the VM is gone: " in said
+        assert f"virsh vol-delete --pool dgx-kvm {vm}.os.qcow2\n" in said
     assert machine.has_image
     assert run("dpkg-query", f"--admindir={machine.root}/var/lib/dpkg", "-W", PACKAGE)
 
