@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,32 @@ def test_what_cannot_be_read_is_named(host: Host) -> None:
     host.root.write("/root/none", "# nobody yet\n")
     assert host.vm_problem("gpus: 0, ssh_keys: [/root/none]").message == "/root/none holds no key"
     assert "no such file" in host.vm_problem("gpus: 0, user_data: /root/nothing").message
+
+
+@pytest.mark.parametrize("keys", ["user_data: /root/it", "ssh_keys: [/root/it]"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_only_a_regular_file_is_read(host: Host, keys: str, kind: str) -> None:
+    """A pipe that nobody writes to would hang every verb."""
+    path = host.root.path("/root/it")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    problem = host.vm_problem(f"gpus: 0, {keys}")
+    assert (problem.message, problem.line) == ("/root/it is not a regular file", 3)
+
+
+def test_a_file_of_a_gigabyte_is_refused_and_not_read(host: Host) -> None:
+    host.root.write("/root/it", "")
+    os.truncate(host.root.path("/root/it"), 1 << 30)
+    tracemalloc.start()
+    problem = host.vm_problem("gpus: 0, user_data: /root/it")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (problem.message, problem.line) == ("/root/it is larger than 1 MiB", 3)
+    assert peak < 1 << 26
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,11 +44,7 @@ class Files:
         if path not in self._read:
             self._read[path] = ""
             try:
-                with self._root.path(path).open("rb") as stream:
-                    data = stream.read(MAX_BYTES + 1)
-                self._read[path] = data.decode("utf-8") if len(data) <= MAX_BYTES else ""
-                if len(data) > MAX_BYTES:
-                    self.faults[path] = f"is larger than {MAX_BYTES >> 20} MiB"
+                self._read[path] = self._contents(path)
             except PermissionError:
                 self.withheld.add(path)  # who only looks need not see it
             except UnicodeDecodeError:
@@ -55,6 +53,19 @@ class Files:
                 reason = getattr(error, "strerror", None) or str(error)
                 self.faults[path] = f"cannot be read: {reason.lower()}"
         return self._read[path]
+
+    def _contents(self, path: str) -> str:
+        # A pipe that nobody writes to would be waited for without end.
+        descriptor = os.open(self._root.path(path), os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                self.faults[path] = "is not a regular file"
+                return ""
+            data = stream.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            self.faults[path] = f"is larger than {MAX_BYTES >> 20} MiB"
+            return ""
+        return data.decode("utf-8")
 
 
 def first_boot(settings: Mapping[str, Any], files: Files) -> FirstBoot:
