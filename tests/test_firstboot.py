@@ -192,3 +192,20 @@ def test_a_place_is_mounted_once(host: Host) -> None:
 @pytest.mark.parametrize("user", ["root", "Ann", "1st", "a b"])
 def test_names_no_user_may_have(host: Host, user: str) -> None:
     assert "is not a user name" in host.vm_problem(f"gpus: 0, user: '{user}'").message
+
+
+@pytest.mark.parametrize(
+    "user", ["operator", "www-data", "nobody", "docker", "sshd", "_apt", "_ssh", "systemd-network"]
+)
+def test_a_user_of_the_system_is_nobody_to_log_in_as(host: Host, user: str) -> None:
+    """useradd refuses to make one that is there, so the guest would have no user of ours."""
+    problem = host.vm_problem(f"gpus: 0, user: {user}")
+    assert problem.message == f"{user} is a user or group of the system's own"
+    assert (problem.hint, problem.line) == ("choose another, like dgx", 3)
+    problem = host.problem(f"version: 1\ndefaults:\n  user: {user}\n")
+    assert (problem.line, problem.path) == (3, "defaults.user")
+
+
+@pytest.mark.parametrize("user", ["dgx", "operator1", "admin", "ubuntu", "systemd"])
+def test_names_like_theirs_are_free(host: Host, user: str) -> None:
+    assert host.vm(f"gpus: 0, user: {user}").first_boot.user == user

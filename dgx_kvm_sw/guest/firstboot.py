@@ -22,6 +22,18 @@ from dgx_kvm_sw.model.spec import Addressing, FirstBoot, NetworkKind
 MIME = re.compile(r"(content-type|mime-version)\s*:", re.IGNORECASE)
 CLOUD_CONFIG = "#cloud-config"
 
+# Users and groups that a guest has before its first boot: useradd would refuse to make them, and
+# nobody could log in. The first are those of Debian's base-passwd, which Ubuntu has as well; then
+# come those of the packages in images.
+_SYSTEM_NAMES = """
+    _apt adm audio backup bin cdrom daemon dialout dip disk fax floppy games irc kmem list lp mail
+    man news nobody nogroup operator plugdev proxy sasl shadow src staff sudo sync sys tape tty
+    users utmp uucp video voice www-data
+    _ssh crontab docker input kvm lxd messagebus netdev nvidia-persistenced polkitd render sgx sshd
+    ssl-cert syslog uuidd
+"""
+_SYSTEM_PREFIX = "systemd-"
+
 _STARTS = (CLOUD_CONFIG, "#!", "#include", "#cloud-boothook", "#part-handler", "## template: jinja")
 _PRIVATE = "PRIVATE KEY--"
 _KEY = re.compile(
@@ -57,10 +69,11 @@ class Files:
     def _contents(self, path: str) -> str:
         # A pipe that nobody writes to would be waited for without end.
         descriptor = os.open(self._root.path(path), os.O_RDONLY | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            self.faults[path] = "is not a regular file"
+            return ""
         with open(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                self.faults[path] = "is not a regular file"
-                return ""
             data = stream.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             self.faults[path] = f"is larger than {MAX_BYTES >> 20} MiB"
@@ -106,11 +119,19 @@ def mistakes(documents: Sequence[Document], files: Files) -> Iterator[Problem]:
         count = len(document.sequence("vms"))
         sections += [(document, ("vms", index)) for index in range(count)]
     for document, path in sections:
+        yield from _bad_user(document, path)
         yield from _bad_keys(document, path, files)
         yield from _bad_user_data(document, path, files)
         yield from _repeated_mounts(document, path)
         for index in range(len(document.sequence(*path, "networks"))):
             yield from _bad_network(document, (*path, "networks", index), taken)
+
+
+def _bad_user(document: Document, path: Path) -> Iterator[Problem]:
+    user = document.get(*path, "user")
+    if isinstance(user, str) and (user in _SYSTEM_NAMES.split() or user.startswith(_SYSTEM_PREFIX)):
+        message = f"{user} is a user or group of the system's own"
+        yield document.problem((*path, "user"), message, "choose another, like dgx")
 
 
 def _bad_keys(document: Document, path: Path, files: Files) -> Iterator[Problem]:
