@@ -177,6 +177,53 @@ def test_an_address_is_given_once_in_a_network(host: Host) -> None:
     assert problem.line == 5
 
 
+def two_vms(one: str, other: str) -> str:
+    vms = f"- {{name: a, gpus: 0, {one}}}\n- {{name: b, gpus: 0, {other}}}\n"
+    return f"version: 1\ntenants: {{red: {{}}, blue: {{}}}}\nvms:\n{vms}"
+
+
+NET = "networks: [{%s, address: 10.1.0.5/24}]"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("tenant: red, " + NET % "isolated: x", "tenant: blue, " + NET % "isolated: x"),
+        ("tenant: red, " + NET % "nat: true", "tenant: blue, " + NET % "nat: true"),
+        (NET % "bridge: br0, vlan: 10", NET % "bridge: br0, vlan: 20"),
+        (NET % "bridge: br0", NET % "network: br0"),
+    ],
+)
+def test_separate_networks_may_have_the_same_addresses(host: Host, one: str, other: str) -> None:
+    assert len(host.load(two_vms(one, other)).vms) == 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("tenant: red, " + NET % "isolated: x", "tenant: red, " + NET % "isolated: x"),
+        ("tenant: red, " + NET % "bridge: br0", "tenant: blue, " + NET % "bridge: br0"),
+        (NET % "bridge: br0, vlan: 10", NET % "bridge: br0, vlan: 10"),
+        (NET % "bridge: br0", "networks: [{bridge: br0, address: 10.1.0.5/16}]"),
+    ],
+)
+def test_tenants_that_share_a_network_share_its_addresses(host: Host, one: str, other: str) -> None:
+    problem = host.problem(two_vms(one, other))
+    assert "is already an address of a in this network" in problem.message
+    assert problem.line == 5
+
+
+def test_an_address_in_defaults_is_for_one_vm(host: Host) -> None:
+    vm = "- {name: %s, gpus: 0}\n"
+    text = f"version: 1\ndefaults:\n  {NET % 'bridge: br0'}\nvms:\n" + vm % "a"
+    assert host.load(text).vms[0].first_boot.addressing[0].addresses == ("10.1.0.5/24",)
+    problem = host.problem(text + vm % "b" + vm % "c")
+    assert problem.message == "10.1.0.5/24 would be an address of a and of b"
+    assert (problem.line, problem.path) == (3, "defaults.networks[0].address")
+    problem = host.problem(text + "- {name: b, gpus: 0, " + NET % "bridge: br0" + "}\n")
+    assert (problem.line, problem.path) == (6, "vms[1].networks[0].address")
+
+
 @pytest.mark.parametrize("path", ["/", "data", "/etc", "/a/../b", "/a b", "/data/"])
 def test_where_a_disk_may_not_be_mounted(host: Host, path: str) -> None:
     problem = host.vm_problem(f"gpus: 0, disks: [{{name: a, size: 1GiB, mount: '{path}'}}]")

@@ -15,6 +15,7 @@ from typing import Any
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.guest.document import Document, Path
+from dgx_kvm_sw.guest.speccheck import vm_entries
 from dgx_kvm_sw.guest.yamlsource import MAX_BYTES
 from dgx_kvm_sw.model.errors import Problem
 from dgx_kvm_sw.model.spec import Addressing, FirstBoot, NetworkKind
@@ -113,7 +114,6 @@ def _listed(value: Any) -> tuple[str, ...]:
 
 def mistakes(documents: Sequence[Document], files: Files) -> Iterator[Problem]:
     """Yield every mistake in what is said about first boots; trusts no value's type."""
-    taken: dict[tuple[str, str], str] = {}
     sections: list[tuple[Document, Path]] = [(documents[0], ("defaults",))]
     for document in documents:
         count = len(document.sequence("vms"))
@@ -124,7 +124,8 @@ def mistakes(documents: Sequence[Document], files: Files) -> Iterator[Problem]:
         yield from _bad_user_data(document, path, files)
         yield from _repeated_mounts(document, path)
         for index in range(len(document.sequence(*path, "networks"))):
-            yield from _bad_network(document, (*path, "networks", index), taken)
+            yield from _bad_network(document, (*path, "networks", index))
+    yield from _repeated_addresses(documents)
 
 
 def _bad_user(document: Document, path: Path) -> Iterator[Problem]:
@@ -228,10 +229,8 @@ def _repeated_mounts(document: Document, path: Path) -> Iterator[Problem]:
             seen.add(mount)
 
 
-def _bad_network(
-    document: Document, path: Path, taken: dict[tuple[str, str], str]
-) -> Iterator[Problem]:
-    """Addresses that are none, or given twice in one network; gateways that are out of reach."""
+def _bad_network(document: Document, path: Path) -> Iterator[Problem]:
+    """Networks of no kind, addresses that are none, and gateways that are out of reach."""
     import ipaddress
 
     network = document.mapping(*path)
@@ -248,13 +247,6 @@ def _bad_network(
             interfaces.append(ipaddress.ip_interface(text))
         except ValueError:
             yield document.problem((*path, "address"), f"{text} is not an address")
-            continue
-        where = (" ".join(f"{k} {network[k]}" for k in kinds), str(interfaces[-1].ip))
-        owner = str(document.get(*path[:2], "name") or path[0])
-        if where in taken:
-            message = f"{text} is already an address of {taken[where]} in this network"
-            yield document.problem((*path, "address"), message)
-        taken.setdefault(where, owner)
     for key in ("gateway", "dns"):
         for text in own[key]:
             try:
@@ -265,6 +257,43 @@ def _bad_network(
             if key == "gateway" and not any(address in each.network for each in interfaces):
                 hint = "give an `address` in its network; DHCP brings its own gateway"
                 yield document.problem((*path, key), f"{text} is in no network of this VM", hint)
+
+
+def _repeated_addresses(documents: Sequence[Document]) -> Iterator[Problem]:
+    """Addresses that two interfaces would have in one network."""
+    taken: dict[tuple[str, ...], str] = {}
+    told: set[Path] = set()  # a line of the defaults is told once, however many VMs inherit it
+    for vm in vm_entries(documents):
+        own = "networks" in vm.own
+        document, path = (vm.document, vm.path) if own else (documents[0], ("defaults",))
+        for index in range(len(document.sequence(*path, "networks"))):
+            place = (*path, "networks", index, "address")
+            for text, where in _claims(document.mapping(*place[:-1]), vm.tenant):
+                if where not in taken:
+                    taken[where] = vm.name
+                elif own or taken[where] == vm.name:
+                    message = f"{text} is already an address of {taken[where]} in this network"
+                    yield document.problem(place, message)
+                elif place not in told:
+                    told.add(place)
+                    message = f"{text} would be an address of {taken[where]} and of {vm.name}"
+                    hint = "give each VM `networks` of its own"
+                    yield document.problem(place, message, hint)
+
+
+def _claims(network: Mapping[str, Any], tenant: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """A network's addresses, each with what nobody else may have: itself, in that network."""
+    import ipaddress
+
+    for kind in (kind for kind in NetworkKind if kind in network):
+        whose = tenant if kind in (NetworkKind.NAT, NetworkKind.ISOLATED) else ""
+        for text in _listed(network.get("address")):
+            try:
+                address = ipaddress.ip_interface(text).ip
+            except ValueError:
+                continue
+            vlan = str(network.get("vlan", ""))
+            yield text, (str(kind), str(network[kind]), vlan, whose, str(address))
 
 
 def _is_path(entry: str) -> bool:
