@@ -224,10 +224,29 @@ def test_an_address_in_defaults_is_for_one_vm(host: Host) -> None:
     assert (problem.line, problem.path) == (6, "vms[1].networks[0].address")
 
 
-@pytest.mark.parametrize("path", ["/", "data", "/etc", "/a/../b", "/a b", "/data/"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/", "data", "/a/../b", "/a b", "/data/"),
+        *("/etc", "/etc/ssh", "/boot/efi", "/root/x", "/lib64/x", "/run/x"),
+        *("/usr", "/usr/lib", "/usr/localx", "/usr/share/local"),
+        *("/var", "/var/lib", "/var/log", "/var/cache"),
+        *("/home/dgx/.ssh", "/home/dgx/.ssh/x"),
+    ],
+)
 def test_where_a_disk_may_not_be_mounted(host: Host, path: str) -> None:
     problem = host.vm_problem(f"gpus: 0, disks: [{{name: a, size: 1GiB, mount: '{path}'}}]")
     assert "is not an absolute path like /data" in problem.message
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/data", "/home", "/home/dgx", "/usr/local", "/usr/local/x", "/var/lib/docker", "/var/log/x"]
+    + ["/library", "/usrdata", "/data/etc", "/home/dgx/.sshx"],
+)
+def test_where_a_disk_may_be_mounted(host: Host, path: str) -> None:
+    (disk,) = host.vm(f"gpus: 0, disks: [{{name: a, size: 1GiB, mount: {path}}}]").disks
+    assert disk.mount == path
 
 
 def test_a_place_is_mounted_once(host: Host) -> None:
