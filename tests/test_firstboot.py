@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,32 @@ def test_what_cannot_be_read_is_named(host: Host) -> None:
     assert "no such file" in host.vm_problem("gpus: 0, user_data: /root/nothing").message
 
 
+@pytest.mark.parametrize("keys", ["user_data: /root/it", "ssh_keys: [/root/it]"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_only_a_regular_file_is_read(host: Host, keys: str, kind: str) -> None:
+    """A pipe that nobody writes to would hang every verb."""
+    path = host.root.path("/root/it")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    problem = host.vm_problem(f"gpus: 0, {keys}")
+    assert (problem.message, problem.line) == ("/root/it is not a regular file", 3)
+
+
+def test_a_file_of_a_gigabyte_is_refused_and_not_read(host: Host) -> None:
+    host.root.write("/root/it", "")
+    os.truncate(host.root.path("/root/it"), 1 << 30)
+    tracemalloc.start()
+    problem = host.vm_problem("gpus: 0, user_data: /root/it")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (problem.message, problem.line) == ("/root/it is larger than 1 MiB", 3)
+    assert peak < 1 << 26
+
+
 @pytest.mark.parametrize(
     "text",
     ["#cloud-config\npackages: [a]\n", "#!/bin/sh\n", "MIME-Version: 1.0\n\n", "#include\nx\n"],
@@ -149,10 +177,76 @@ def test_an_address_is_given_once_in_a_network(host: Host) -> None:
     assert problem.line == 5
 
 
-@pytest.mark.parametrize("path", ["/", "data", "/etc", "/a/../b", "/a b", "/data/"])
+def two_vms(one: str, other: str) -> str:
+    vms = f"- {{name: a, gpus: 0, {one}}}\n- {{name: b, gpus: 0, {other}}}\n"
+    return f"version: 1\ntenants: {{red: {{}}, blue: {{}}}}\nvms:\n{vms}"
+
+
+NET = "networks: [{%s, address: 10.1.0.5/24}]"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("tenant: red, " + NET % "isolated: x", "tenant: blue, " + NET % "isolated: x"),
+        ("tenant: red, " + NET % "nat: true", "tenant: blue, " + NET % "nat: true"),
+        (NET % "bridge: br0, vlan: 10", NET % "bridge: br0, vlan: 20"),
+        (NET % "bridge: br0", NET % "network: br0"),
+    ],
+)
+def test_separate_networks_may_have_the_same_addresses(host: Host, one: str, other: str) -> None:
+    assert len(host.load(two_vms(one, other)).vms) == 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("tenant: red, " + NET % "isolated: x", "tenant: red, " + NET % "isolated: x"),
+        ("tenant: red, " + NET % "bridge: br0", "tenant: blue, " + NET % "bridge: br0"),
+        (NET % "bridge: br0, vlan: 10", NET % "bridge: br0, vlan: 10"),
+        (NET % "bridge: br0", "networks: [{bridge: br0, address: 10.1.0.5/16}]"),
+    ],
+)
+def test_tenants_that_share_a_network_share_its_addresses(host: Host, one: str, other: str) -> None:
+    problem = host.problem(two_vms(one, other))
+    assert "is already an address of a in this network" in problem.message
+    assert problem.line == 5
+
+
+def test_an_address_in_defaults_is_for_one_vm(host: Host) -> None:
+    vm = "- {name: %s, gpus: 0}\n"
+    text = f"version: 1\ndefaults:\n  {NET % 'bridge: br0'}\nvms:\n" + vm % "a"
+    assert host.load(text).vms[0].first_boot.addressing[0].addresses == ("10.1.0.5/24",)
+    problem = host.problem(text + vm % "b" + vm % "c")
+    assert problem.message == "10.1.0.5/24 would be an address of a and of b"
+    assert (problem.line, problem.path) == (3, "defaults.networks[0].address")
+    problem = host.problem(text + "- {name: b, gpus: 0, " + NET % "bridge: br0" + "}\n")
+    assert (problem.line, problem.path) == (6, "vms[1].networks[0].address")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/", "data", "/a/../b", "/a b", "/data/"),
+        *("/etc", "/etc/ssh", "/boot/efi", "/root/x", "/lib64/x", "/run/x"),
+        *("/usr", "/usr/lib", "/usr/localx", "/usr/share/local"),
+        *("/var", "/var/lib", "/var/log", "/var/cache"),
+        *("/home/dgx/.ssh", "/home/dgx/.ssh/x"),
+    ],
+)
 def test_where_a_disk_may_not_be_mounted(host: Host, path: str) -> None:
     problem = host.vm_problem(f"gpus: 0, disks: [{{name: a, size: 1GiB, mount: '{path}'}}]")
     assert "is not an absolute path like /data" in problem.message
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/data", "/home", "/home/dgx", "/usr/local", "/usr/local/x", "/var/lib/docker", "/var/log/x"]
+    + ["/library", "/usrdata", "/data/etc", "/home/dgx/.sshx"],
+)
+def test_where_a_disk_may_be_mounted(host: Host, path: str) -> None:
+    (disk,) = host.vm(f"gpus: 0, disks: [{{name: a, size: 1GiB, mount: {path}}}]").disks
+    assert disk.mount == path
 
 
 def test_a_place_is_mounted_once(host: Host) -> None:
@@ -164,3 +258,20 @@ def test_a_place_is_mounted_once(host: Host) -> None:
 @pytest.mark.parametrize("user", ["root", "Ann", "1st", "a b"])
 def test_names_no_user_may_have(host: Host, user: str) -> None:
     assert "is not a user name" in host.vm_problem(f"gpus: 0, user: '{user}'").message
+
+
+@pytest.mark.parametrize(
+    "user", ["operator", "www-data", "nobody", "docker", "sshd", "_apt", "_ssh", "systemd-network"]
+)
+def test_a_user_of_the_system_is_nobody_to_log_in_as(host: Host, user: str) -> None:
+    """useradd refuses to make one that is there, so the guest would have no user of ours."""
+    problem = host.vm_problem(f"gpus: 0, user: {user}")
+    assert problem.message == f"{user} is a user or group of the system's own"
+    assert (problem.hint, problem.line) == ("choose another, like dgx", 3)
+    problem = host.problem(f"version: 1\ndefaults:\n  user: {user}\n")
+    assert (problem.line, problem.path) == (3, "defaults.user")
+
+
+@pytest.mark.parametrize("user", ["dgx", "operator1", "admin", "ubuntu", "systemd"])
+def test_names_like_theirs_are_free(host: Host, user: str) -> None:
+    assert host.vm(f"gpus: 0, user: {user}").first_boot.user == user

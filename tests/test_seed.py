@@ -287,6 +287,16 @@ def test_user_data_is_in_the_seed_and_nowhere_else(
     assert [Path(path).name for path in holding] == ["a.seed.iso"]
 
 
+def test_a_template_does_not_get_the_user_data(at: SimulatedHost) -> None:
+    block = "{% block more_user_data %}\n  packages: [{{ vm.user_data | tojson }}]\n{% endblock %}"
+    at.template("cloud-init.yaml.j2", f"{EXTENDS}{block}\n")
+    at.root.write("/root/ud", SECRET, 0o600)
+    at.declare(f"{A}, user_data: /root/ud")
+    at.plan()
+    text = at.situation.seeds["a"].files["user-data"]
+    assert text.count("VERYSECRET") == 1 and "packages:\n- ''" in text
+
+
 # -- hooks --------------------------------------------------------------------------------------
 
 

@@ -7,18 +7,33 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.guest.document import Document, Path
+from dgx_kvm_sw.guest.speccheck import vm_entries
 from dgx_kvm_sw.guest.yamlsource import MAX_BYTES
 from dgx_kvm_sw.model.errors import Problem
 from dgx_kvm_sw.model.spec import Addressing, FirstBoot, NetworkKind
 
 MIME = re.compile(r"(content-type|mime-version)\s*:", re.IGNORECASE)
 CLOUD_CONFIG = "#cloud-config"
+
+# Users and groups that a guest has before its first boot: useradd would refuse to make them, and
+# nobody could log in. The first are those of Debian's base-passwd, which Ubuntu has as well; then
+# come those of the packages in images.
+_SYSTEM_NAMES = """
+    _apt adm audio backup bin cdrom daemon dialout dip disk fax floppy games irc kmem list lp mail
+    man news nobody nogroup operator plugdev proxy sasl shadow src staff sudo sync sys tape tty
+    users utmp uucp video voice www-data
+    _ssh crontab docker input kvm lxd messagebus netdev nvidia-persistenced polkitd render sgx sshd
+    ssl-cert syslog uuidd
+"""
+_SYSTEM_PREFIX = "systemd-"
 
 _STARTS = (CLOUD_CONFIG, "#!", "#include", "#cloud-boothook", "#part-handler", "## template: jinja")
 _PRIVATE = "PRIVATE KEY--"
@@ -42,11 +57,7 @@ class Files:
         if path not in self._read:
             self._read[path] = ""
             try:
-                with self._root.path(path).open("rb") as stream:
-                    data = stream.read(MAX_BYTES + 1)
-                self._read[path] = data.decode("utf-8") if len(data) <= MAX_BYTES else ""
-                if len(data) > MAX_BYTES:
-                    self.faults[path] = f"is larger than {MAX_BYTES >> 20} MiB"
+                self._read[path] = self._contents(path)
             except PermissionError:
                 self.withheld.add(path)  # who only looks need not see it
             except UnicodeDecodeError:
@@ -55,6 +66,20 @@ class Files:
                 reason = getattr(error, "strerror", None) or str(error)
                 self.faults[path] = f"cannot be read: {reason.lower()}"
         return self._read[path]
+
+    def _contents(self, path: str) -> str:
+        # A pipe that nobody writes to would be waited for without end.
+        descriptor = os.open(self._root.path(path), os.O_RDONLY | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            self.faults[path] = "is not a regular file"
+            return ""
+        with open(descriptor, "rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            self.faults[path] = f"is larger than {MAX_BYTES >> 20} MiB"
+            return ""
+        return data.decode("utf-8")
 
 
 def first_boot(settings: Mapping[str, Any], files: Files) -> FirstBoot:
@@ -89,17 +114,25 @@ def _listed(value: Any) -> tuple[str, ...]:
 
 def mistakes(documents: Sequence[Document], files: Files) -> Iterator[Problem]:
     """Yield every mistake in what is said about first boots; trusts no value's type."""
-    taken: dict[tuple[str, str], str] = {}
     sections: list[tuple[Document, Path]] = [(documents[0], ("defaults",))]
     for document in documents:
         count = len(document.sequence("vms"))
         sections += [(document, ("vms", index)) for index in range(count)]
     for document, path in sections:
+        yield from _bad_user(document, path)
         yield from _bad_keys(document, path, files)
         yield from _bad_user_data(document, path, files)
         yield from _repeated_mounts(document, path)
         for index in range(len(document.sequence(*path, "networks"))):
-            yield from _bad_network(document, (*path, "networks", index), taken)
+            yield from _bad_network(document, (*path, "networks", index))
+    yield from _repeated_addresses(documents)
+
+
+def _bad_user(document: Document, path: Path) -> Iterator[Problem]:
+    user = document.get(*path, "user")
+    if isinstance(user, str) and (user in _SYSTEM_NAMES.split() or user.startswith(_SYSTEM_PREFIX)):
+        message = f"{user} is a user or group of the system's own"
+        yield document.problem((*path, "user"), message, "choose another, like dgx")
 
 
 def _bad_keys(document: Document, path: Path, files: Files) -> Iterator[Problem]:
@@ -196,10 +229,8 @@ def _repeated_mounts(document: Document, path: Path) -> Iterator[Problem]:
             seen.add(mount)
 
 
-def _bad_network(
-    document: Document, path: Path, taken: dict[tuple[str, str], str]
-) -> Iterator[Problem]:
-    """Addresses that are none, or given twice in one network; gateways that are out of reach."""
+def _bad_network(document: Document, path: Path) -> Iterator[Problem]:
+    """Networks of no kind, addresses that are none, and gateways that are out of reach."""
     import ipaddress
 
     network = document.mapping(*path)
@@ -216,13 +247,6 @@ def _bad_network(
             interfaces.append(ipaddress.ip_interface(text))
         except ValueError:
             yield document.problem((*path, "address"), f"{text} is not an address")
-            continue
-        where = (" ".join(f"{k} {network[k]}" for k in kinds), str(interfaces[-1].ip))
-        owner = str(document.get(*path[:2], "name") or path[0])
-        if where in taken:
-            message = f"{text} is already an address of {taken[where]} in this network"
-            yield document.problem((*path, "address"), message)
-        taken.setdefault(where, owner)
     for key in ("gateway", "dns"):
         for text in own[key]:
             try:
@@ -233,6 +257,43 @@ def _bad_network(
             if key == "gateway" and not any(address in each.network for each in interfaces):
                 hint = "give an `address` in its network; DHCP brings its own gateway"
                 yield document.problem((*path, key), f"{text} is in no network of this VM", hint)
+
+
+def _repeated_addresses(documents: Sequence[Document]) -> Iterator[Problem]:
+    """Addresses that two interfaces would have in one network."""
+    taken: dict[tuple[str, ...], str] = {}
+    told: set[Path] = set()  # a line of the defaults is told once, however many VMs inherit it
+    for vm in vm_entries(documents):
+        own = "networks" in vm.own
+        document, path = (vm.document, vm.path) if own else (documents[0], ("defaults",))
+        for index in range(len(document.sequence(*path, "networks"))):
+            place = (*path, "networks", index, "address")
+            for text, where in _claims(document.mapping(*place[:-1]), vm.tenant):
+                if where not in taken:
+                    taken[where] = vm.name
+                elif own or taken[where] == vm.name:
+                    message = f"{text} is already an address of {taken[where]} in this network"
+                    yield document.problem(place, message)
+                elif place not in told:
+                    told.add(place)
+                    message = f"{text} would be an address of {taken[where]} and of {vm.name}"
+                    hint = "give each VM `networks` of its own"
+                    yield document.problem(place, message, hint)
+
+
+def _claims(network: Mapping[str, Any], tenant: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """A network's addresses, each with what nobody else may have: itself, in that network."""
+    import ipaddress
+
+    for kind in (kind for kind in NetworkKind if kind in network):
+        whose = tenant if kind in (NetworkKind.NAT, NetworkKind.ISOLATED) else ""
+        for text in _listed(network.get("address")):
+            try:
+                address = ipaddress.ip_interface(text).ip
+            except ValueError:
+                continue
+            vlan = str(network.get("vlan", ""))
+            yield text, (str(kind), str(network[kind]), vlan, whose, str(address))
 
 
 def _is_path(entry: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def render(templates: Templates, facts: SeedFacts) -> Seed:
     """
     import yaml
 
-    text = templates.render(TEMPLATE, vm=facts)
+    text = templates.render(TEMPLATE, vm=replace(facts, user_data=""))  # it may hold secrets
     try:
         parts = yaml.safe_load(text)
     except yaml.YAMLError as error:
