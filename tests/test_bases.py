@@ -16,10 +16,12 @@ from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.cli.progress import Interrupted, Report
 from dgx_kvm_sw.execute import Event, Stage, execute
 from dgx_kvm_sw.guest import bases, checksums
+from dgx_kvm_sw.guest.hypervisor import POOL
 from dgx_kvm_sw.guest.images import BASES, IMPORTED, MANIFESTS, catalogue
-from dgx_kvm_sw.model.actions import CreateVolume
+from dgx_kvm_sw.model.actions import CreateVolume, UndefineDomain
 from dgx_kvm_sw.model.domain import Volume
-from dgx_kvm_sw.model.errors import BadFileError, HostError
+from dgx_kvm_sw.model.errors import BadFileError, HostError, HypervisorError
+from dgx_kvm_sw.reconcile import POOL_PATH, disks_now
 
 pytestmark = pytest.mark.commands  # xorriso makes the seeds of VMs
 
@@ -211,6 +213,32 @@ def test_an_os_disk_lies_over_a_base_of_its_image(at: SimulatedHost) -> None:
     assert (data.backing, seed.backing) == ("", "")
     assert at.root.path(image.base).read_bytes() == BYTES
     assert at.apply().done == 0
+
+
+def test_with_the_pool_off_no_disk_is_deleted_silently_and_no_base_goes(at: SimulatedHost) -> None:
+    image = add(at.root, "debian-12")
+    at.declare("name: a, gpus: 0, image: debian-12, state: stopped")
+    at.settle()
+    add(at.root, "debian-12", b"newer", version="2")
+    at.plan()
+    facts = at.domain("a").facts
+    with at.hypervisor() as hypervisor:
+        pool = hypervisor._connection.storagePoolLookupByName(POOL)
+        pool.destroy()
+        disks = (facts.disks[0].path,)
+        gone = (UndefineDomain("a", facts.uuid, disks),)
+        ((_, error),) = execute(at.site, hypervisor, at.situation.platform, gone, {}, {}).failures
+        assert "the storage pool dgx-kvm is not active" in error.message
+        assert hypervisor.domain("a").name == "a"
+    assert at.root.exists(image.base)
+
+
+def test_disks_that_libvirt_does_not_know_keep_their_bases(at: SimulatedHost) -> None:
+    """As when its definition of the pool is lost."""
+    at.root.write(f"{POOL_PATH}/kept.os.qcow2", "x")
+    unknown = pytest.raises(HypervisorError, match="libvirt does not know the disks in")
+    with at.hypervisor() as hypervisor, unknown:
+        disks_now(at.site, hypervisor)
 
 
 def test_libvirt_is_told_to_leave_the_owner_of_a_base_alone(at: SimulatedHost) -> None:

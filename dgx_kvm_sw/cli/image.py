@@ -21,7 +21,7 @@ from dgx_kvm_sw.guest import announcing, bases, checksums, images
 from dgx_kvm_sw.guest.images import Catalogue, Fault, Image
 from dgx_kvm_sw.model.base import to_json
 from dgx_kvm_sw.model.errors import BadFileError, DgxKvmError, ExitCode, UsageError
-from dgx_kvm_sw.reconcile import Site, read_current
+from dgx_kvm_sw.reconcile import Site, disks_now, read_current
 
 _HEAD = ("NAME", "VERSION", "SIZE", "DRIVER", "FROM", "STATE")
 
@@ -288,7 +288,7 @@ def _check_removable(site: Site, found: Catalogue, name: str) -> None:
         )
     ours = {each.path for each in imports}
     with site.hypervisor() as hypervisor:
-        users = bases.users(read_current(hypervisor), hypervisor.volumes(fresh=True))
+        users = bases.users(read_current(hypervisor), disks_now(site, hypervisor))
     vms = set[str]().union(
         *(who for path, who in users.items() if path in ours or not ours and _is_of(path, name))
     )

@@ -123,14 +123,21 @@ def _as_made(wanted: Volume, vm: str, disk: str, around: Surroundings) -> Volume
     return replace(found, capacity_mib=wanted.capacity_mib)
 
 
+def is_own(domain: DomainStatus, disk: DomainDisk) -> bool:
+    """Whether a disk is the domain's own, by its name, and no CD."""
+    name = disk.path.rpartition("/")[2]
+    return not disk.cdrom and name.startswith(
+        (f"{domain.name}.", f"{LOGICAL_VOLUME}{domain.name}.")
+    )
+
+
 def own_disks(domain: DomainStatus, volumes: tuple[Volume, ...]) -> tuple[str, ...]:
     """Return paths of the domain's own disks: a site's template may attach what others use too.
 
     VM names hold no dot, so what starts like one of its disks is one.
     """
-    attached = {disk.path for disk in domain.facts.disks if not disk.cdrom}
-    prefixes = (f"{domain.name}.", f"{LOGICAL_VOLUME}{domain.name}.")
-    return tuple(v.path for v in volumes if v.path in attached and v.name.startswith(prefixes))
+    attached = {disk.path for disk in domain.facts.disks if is_own(domain, disk)}
+    return tuple(volume.path for volume in volumes if volume.path in attached)
 
 
 def seed_path(vm: str, pool_path: str) -> str:
