@@ -149,10 +149,18 @@ def room(
         file = volume.source if there else made_of.get(volume.source, volume.source)
         return replace(volume, source=str(root.path(file)))
 
-    new = [volume for volumes in news.values() for volume in volumes if volume.source]
-    copies = {volume.path: hypervisor.copy_mib(from_file(volume)) for volume in new}
+    copies: dict[str, int] = {}
+    damaged = []
+    for vm, volumes in news.items():
+        for volume in (each for each in volumes if each.source):
+            try:
+                copies[volume.path] = hypervisor.copy_mib(from_file(volume))
+            except HostError as error:
+                remedy = f"dgx-kvm image verify {images.base_owner(volume.source)}".rstrip()
+                damaged.append(Unplaceable(vm, (error.message,), (remedy,)))
+                wanted.pop(vm, None)
     space = hypervisor.space(str(root.path(pool)))
-    refused = tuple(storage.refusals(wanted, current, space, copies))
+    refused = (*damaged, *storage.refusals(wanted, current, space, copies))
     return refused, storage.overcommitment(wanted, current, space)
 
 

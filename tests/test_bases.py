@@ -16,8 +16,9 @@ from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.cli.progress import Interrupted, Report
 from dgx_kvm_sw.execute import Event, Stage, execute
 from dgx_kvm_sw.guest import bases, checksums
-from dgx_kvm_sw.guest.hypervisor import POOL
+from dgx_kvm_sw.guest.hypervisor import POOL, Hypervisor
 from dgx_kvm_sw.guest.images import BASES, IMPORTED, MANIFESTS, catalogue
+from dgx_kvm_sw.guest.simulated import SimulatedHypervisor
 from dgx_kvm_sw.model.actions import CreateVolume, UndefineDomain
 from dgx_kvm_sw.model.domain import Volume
 from dgx_kvm_sw.model.errors import BadFileError, HostError, HypervisorError
@@ -239,6 +240,22 @@ def test_disks_that_libvirt_does_not_know_keep_their_bases(at: SimulatedHost) ->
     unknown = pytest.raises(HypervisorError, match="libvirt does not know the disks in")
     with at.hypervisor() as hypervisor, unknown:
         disks_now(at.site, hypervisor)
+
+
+def test_a_copy_of_an_image_that_cannot_be_measured_refuses_its_vm_only(
+    at: SimulatedHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the real qemu-img, which says what it thinks of a file that is no qcow2."""
+    add(at.root, "debian-12")
+    monkeypatch.setattr(SimulatedHypervisor, "copy_mib", Hypervisor.copy_mib)
+    copy = "name: a, gpus: 0, image: debian-12, os_disk: {size: 4GiB, from: copy}"
+    at.declare(copy, "name: b, gpus: 0")
+    (refused,) = at.plan().unplaceable
+    assert refused.vm == "a"
+    assert "qemu-img measure fails" in refused.reasons[0]
+    assert refused.remedies == ("dgx-kvm image verify debian-12",)
+    at.settle()
+    assert at.domain("b").running
 
 
 def test_libvirt_is_told_to_leave_the_owner_of_a_base_alone(at: SimulatedHost) -> None:
