@@ -178,6 +178,8 @@ def notes(
         vm = vms[want.facts.name]
         for volume, declared in zip(want.volumes, declared_volumes(vm, around), strict=True):
             if have := held.get(volume.path):
+                if vm.image and not around.images.get(vm.image, ("", ""))[0]:
+                    declared = replace(declared, backing=have.backing)  # nobody knows better
                 yield from (f"{vm.name}: {text}" for text in _differences(have, declared))
 
 

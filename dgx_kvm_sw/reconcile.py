@@ -94,11 +94,11 @@ class Site:
         finally:
             connection.close()
 
-    def load_spec(self, known_images: images.Catalogue) -> HostSpec:
+    def load_spec(self, known_images: images.Catalogue | None) -> HostSpec:
         """Read vms.yaml and what belongs to it; remembers which text has passed the schema."""
         remembered = self.root.read(_VALIDATED, "")
         root = self.spec_root or self.root
-        known = known_images.names
+        known = known_images.names if known_images else None
         spec = spec_file.load(root, self.spec_file, known, remembered, self.root)
         if spec.digest != remembered:
             with contextlib.suppress(HostError):  # only a memory: not root, or a full disk
@@ -216,7 +216,7 @@ class Situation:
 def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     """Read files, host and libvirt, place every VM, and render what has to be defined anew."""
     catalogue = images.catalogue(site.root)
-    spec = site.load_spec(catalogue)
+    spec = site.load_spec(None)  # of its images, each VM is told by itself
     platform, topology = platforms.survey(site.root)
     health = host_health.assess(topology, site.root, platform.fabric_model)
     current = read_current(hypervisor, spec)

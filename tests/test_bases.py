@@ -258,6 +258,24 @@ def test_a_copy_of_an_image_that_cannot_be_measured_refuses_its_vm_only(
     assert at.domain("b").running
 
 
+def test_an_image_that_is_gone_hinders_only_vms_that_have_no_disk_yet(at: SimulatedHost) -> None:
+    image = add(at.root, "debian-12")
+    add(at.root, "debian-13")
+    at.declare("name: a, gpus: 0, image: debian-12")
+    at.settle()
+    at.root.remove(image.manifest)
+    at.by_hand("a", lambda domain: domain.destroy())
+    at.declare("name: a, gpus: 0, image: debian-12", "name: b, gpus: 0, image: debian-12")
+    (refused,) = at.plan().unplaceable
+    assert (refused.vm, refused.reasons) == ("b", ("there is no image 'debian-12'",))
+    assert refused.remedies == ("did you mean `debian-13`?",)
+    assert not any("made from" in note for note in at.plan().notes)
+    at.settle()
+    assert at.domain("a").running
+    with pytest.raises(BadFileError, match="there is no image 'debian-12'"):
+        at.site.load_spec(catalogue(at.root))
+
+
 def test_libvirt_is_told_to_leave_the_owner_of_a_base_alone(at: SimulatedHost) -> None:
     image = add(at.root, "debian-12")
     at.declare("name: a, gpus: 0, image: debian-12")
@@ -413,7 +431,7 @@ def test_an_image_that_cannot_be_in_the_catalogue_is_a_mistake_in_the_file(
 ) -> None:
     at.declare("name: a, gpus: 0, image: debian-12")
     with pytest.raises(BadFileError, match="there is no image 'debian-12'"):
-        at.plan()
+        at.site.load_spec(catalogue(at.root))
 
 
 def test_bad_manifests_are_news_in_the_plan(at: SimulatedHost) -> None:

@@ -83,7 +83,7 @@ def desired_domain(
 def declared_volumes(vm: VmSpec, around: Surroundings) -> tuple[Volume, ...]:
     """Return the disks as the file has them: the OS disk, from its image, and the data disks."""
     os_disk = vm.resources.os_disk
-    image = around.images[vm.image] if vm.image else ("", "")
+    image = around.images.get(vm.image, ("", ""))
     origin = ("", "", *image) if os_disk.copy else image
     wanted = [_file(vm, "os", os_disk.size_mib, os_disk.format, around, *origin)]
     for disk in vm.disks:
