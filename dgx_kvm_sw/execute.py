@@ -39,7 +39,7 @@ from dgx_kvm_sw.model.errors import DgxKvmError, HostError
 from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.platform import Platform
 from dgx_kvm_sw.model.seed import Seed
-from dgx_kvm_sw.reconcile import LOCK, POOL_PATH, Site, read_current
+from dgx_kvm_sw.reconcile import LOCK, POOL_PATH, Site, disks_now, read_current
 
 JOURNAL = "/var/lib/dgx-kvm/journal.jsonl"
 PREPARED = "/run/dgx-kvm/prepared"
@@ -207,6 +207,8 @@ class _Run:
             case ReleasePartition():
                 self.fabric.release(action.devices)
             case UndefineDomain():
+                if action.delete_volumes:  # libvirt deletes no disk that it has not seen
+                    disks_now(self.site, self.hypervisor)
                 for path in action.delete_volumes:  # first: while the domain is there, a killed
                     self.hypervisor.delete_volume(path)  # apply can be finished by the next one
                 # It holds nothing that vms.yaml does not, perhaps secrets, and is easily made anew.
@@ -258,7 +260,7 @@ class _Run:
     def _remove_unneeded_bases(self) -> None:
         """Remove the bases that only deleted disks lay on; where that fails they just stay."""
         try:
-            volumes = self.hypervisor.volumes(fresh=True)
+            volumes = disks_now(self.site, self.hypervisor)
             needed = bases.users(read_current(self.hypervisor), volumes)
             removed = bases.remove_unneeded(self.site.root, needed.keys())
             write_journal(self.site, {"event": "bases removed", "files": removed}, sync=False)
@@ -361,6 +363,9 @@ class _Run:
         """VMs whose definition names another backing file than their disk does: somebody has put
         an older disk back, say. A guest that sees a wrong file below its own data destroys it.
         """
+        if not self.starting:
+            return {}
+        self.hypervisor.ensure_pool(POOL_PATH)  # a disk that cannot be looked at is not safe
         backings = {v.path: v.backing for v in self.hypervisor.volumes(fresh=True)}
         found = {}
         for domain in self.hypervisor.domains():

@@ -13,7 +13,6 @@ from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.decide import networks
 from dgx_kvm_sw.decide.changes import same
 from dgx_kvm_sw.decide.domain import (
-    LOGICAL_VOLUME,
     Surroundings,
     desired_domain,
     desired_volumes,
@@ -48,7 +47,7 @@ from dgx_kvm_sw.model.domain import (
     DomainFacts,
     DomainStatus,
     HostNetwork,
-    VolumeGroup,
+    Volume,
 )
 from dgx_kvm_sw.model.errors import HostError, UsageError
 from dgx_kvm_sw.model.health import HealthReport
@@ -95,11 +94,11 @@ class Site:
         finally:
             connection.close()
 
-    def load_spec(self, known_images: images.Catalogue) -> HostSpec:
+    def load_spec(self, known_images: images.Catalogue | None) -> HostSpec:
         """Read vms.yaml and what belongs to it; remembers which text has passed the schema."""
         remembered = self.root.read(_VALIDATED, "")
         root = self.spec_root or self.root
-        known = known_images.names
+        known = known_images.names if known_images else None
         spec = spec_file.load(root, self.spec_file, known, remembered, self.root)
         if spec.digest != remembered:
             with contextlib.suppress(HostError):  # only a memory: not root, or a full disk
@@ -217,7 +216,7 @@ class Situation:
 def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     """Read files, host and libvirt, place every VM, and render what has to be defined anew."""
     catalogue = images.catalogue(site.root)
-    spec = site.load_spec(catalogue)
+    spec = site.load_spec(None)  # of its images, each VM is told by itself
     platform, topology = platforms.survey(site.root)
     health = host_health.assess(topology, site.root, platform.fabric_model)
     current = read_current(hypervisor, spec)
@@ -248,7 +247,7 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
                 definitions[vm.name] = definition
     refused = [*_template_conflicts(desired, placements, inputs)]
     refused += networks.refusals(ours.vms, needed, host)
-    refused += disks.image_refusals(desired, current, ours, catalogue)
+    refused += disks.refusals(desired, current, ours, catalogue)
     names = {each.vm for each in refused}
     desired = [want for want in desired if want.facts.name not in names]
     short, note = disks.room(site.root, hypervisor, POOL_PATH, desired, current, catalogue)
@@ -309,6 +308,11 @@ def _template_conflicts(
             claimed[device] = name
 
 
+def disks_now(site: Site, hypervisor: Hypervisor) -> tuple[Volume, ...]:
+    """Look at the disks on our pool anew; raises HypervisorError when they cannot be known."""
+    return disks.now(site.root, hypervisor, POOL_PATH)
+
+
 def read_current(hypervisor: Hypervisor, spec: HostSpec = NO_SPEC) -> CurrentState:
     """Read all that libvirt holds, and LVM, where a VM has a disk of it or is to have one."""
     domains = []
@@ -316,15 +320,8 @@ def read_current(hypervisor: Hypervisor, spec: HostSpec = NO_SPEC) -> CurrentSta
         live = domainxml.parse(found.live) if found.live else None
         facts = domainxml.parse(found.inactive)
         domains.append(DomainStatus(facts, found.live is not None, live, found.persistent))
-    volumes = hypervisor.volumes()
-    groups: tuple[VolumeGroup, ...] = ()
-    paths = (disk.path for domain in domains for disk in domain.facts.disks)
-    if any(disk.volume_group for vm in spec.vms for disk in vm.disks) or any(
-        path.startswith("/dev/") and f"/{LOGICAL_VOLUME}" in path for path in paths
-    ):
-        groups, logical = hypervisor.logical_volumes()
-        volumes += logical
-    return CurrentState(tuple(domains), volumes, hypervisor.networks(), groups)
+    volumes, groups, unread = disks.read(hypervisor, tuple(domains), spec, POOL_PATH)
+    return CurrentState(tuple(domains), volumes, hypervisor.networks(), groups, unread)
 
 
 def _placed(inputs: Inputs, current: CurrentState, intent: Intent) -> Placements:

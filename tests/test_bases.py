@@ -16,10 +16,13 @@ from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.cli.progress import Interrupted, Report
 from dgx_kvm_sw.execute import Event, Stage, execute
 from dgx_kvm_sw.guest import bases, checksums
+from dgx_kvm_sw.guest.hypervisor import POOL, Hypervisor
 from dgx_kvm_sw.guest.images import BASES, IMPORTED, MANIFESTS, catalogue
-from dgx_kvm_sw.model.actions import CreateVolume
+from dgx_kvm_sw.guest.simulated import SimulatedHypervisor
+from dgx_kvm_sw.model.actions import CreateVolume, UndefineDomain
 from dgx_kvm_sw.model.domain import Volume
-from dgx_kvm_sw.model.errors import BadFileError, HostError
+from dgx_kvm_sw.model.errors import BadFileError, HostError, HypervisorError
+from dgx_kvm_sw.reconcile import POOL_PATH, disks_now
 
 pytestmark = pytest.mark.commands  # xorriso makes the seeds of VMs
 
@@ -213,6 +216,66 @@ def test_an_os_disk_lies_over_a_base_of_its_image(at: SimulatedHost) -> None:
     assert at.apply().done == 0
 
 
+def test_with_the_pool_off_no_disk_is_deleted_silently_and_no_base_goes(at: SimulatedHost) -> None:
+    image = add(at.root, "debian-12")
+    at.declare("name: a, gpus: 0, image: debian-12, state: stopped")
+    at.settle()
+    add(at.root, "debian-12", b"newer", version="2")
+    at.plan()
+    facts = at.domain("a").facts
+    with at.hypervisor() as hypervisor:
+        pool = hypervisor._connection.storagePoolLookupByName(POOL)
+        pool.destroy()
+        disks = (facts.disks[0].path,)
+        gone = (UndefineDomain("a", facts.uuid, disks),)
+        ((_, error),) = execute(at.site, hypervisor, at.situation.platform, gone, {}, {}).failures
+        assert "the storage pool dgx-kvm is not active" in error.message
+        assert hypervisor.domain("a").name == "a"
+    assert at.root.exists(image.base)
+
+
+def test_disks_that_libvirt_does_not_know_keep_their_bases(at: SimulatedHost) -> None:
+    """As when its definition of the pool is lost."""
+    at.root.write(f"{POOL_PATH}/kept.os.qcow2", "x")
+    unknown = pytest.raises(HypervisorError, match="libvirt does not know the disks in")
+    with at.hypervisor() as hypervisor, unknown:
+        disks_now(at.site, hypervisor)
+
+
+def test_a_copy_of_an_image_that_cannot_be_measured_refuses_its_vm_only(
+    at: SimulatedHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the real qemu-img, which says what it thinks of a file that is no qcow2."""
+    add(at.root, "debian-12")
+    monkeypatch.setattr(SimulatedHypervisor, "copy_mib", Hypervisor.copy_mib)
+    copy = "name: a, gpus: 0, image: debian-12, os_disk: {size: 4GiB, from: copy}"
+    at.declare(copy, "name: b, gpus: 0")
+    (refused,) = at.plan().unplaceable
+    assert refused.vm == "a"
+    assert "qemu-img measure fails" in refused.reasons[0]
+    assert refused.remedies == ("dgx-kvm image verify debian-12",)
+    at.settle()
+    assert at.domain("b").running
+
+
+def test_an_image_that_is_gone_hinders_only_vms_that_have_no_disk_yet(at: SimulatedHost) -> None:
+    image = add(at.root, "debian-12")
+    add(at.root, "debian-13")
+    at.declare("name: a, gpus: 0, image: debian-12")
+    at.settle()
+    at.root.remove(image.manifest)
+    at.by_hand("a", lambda domain: domain.destroy())
+    at.declare("name: a, gpus: 0, image: debian-12", "name: b, gpus: 0, image: debian-12")
+    (refused,) = at.plan().unplaceable
+    assert (refused.vm, refused.reasons) == ("b", ("there is no image 'debian-12'",))
+    assert refused.remedies == ("did you mean `debian-13`?",)
+    assert not any("made from" in note for note in at.plan().notes)
+    at.settle()
+    assert at.domain("a").running
+    with pytest.raises(BadFileError, match="there is no image 'debian-12'"):
+        at.site.load_spec(catalogue(at.root))
+
+
 def test_libvirt_is_told_to_leave_the_owner_of_a_base_alone(at: SimulatedHost) -> None:
     image = add(at.root, "debian-12")
     at.declare("name: a, gpus: 0, image: debian-12")
@@ -395,7 +458,7 @@ def test_an_image_that_cannot_be_in_the_catalogue_is_a_mistake_in_the_file(
 ) -> None:
     at.declare("name: a, gpus: 0, image: debian-12")
     with pytest.raises(BadFileError, match="there is no image 'debian-12'"):
-        at.plan()
+        at.site.load_spec(catalogue(at.root))
 
 
 def test_bad_manifests_are_news_in_the_plan(at: SimulatedHost) -> None:

@@ -162,6 +162,16 @@ def test_the_pool_is_made_once_and_holds_volumes(hypervisor: Hypervisor) -> None
     assert POOL == "dgx-kvm"
 
 
+def test_disks_of_a_pool_that_is_off_are_not_known(hypervisor: Hypervisor) -> None:
+    """None at all is what only a host without the pool has."""
+    hypervisor.ensure_pool("/pool")
+    hypervisor._connection.storagePoolLookupByName(POOL).destroy()
+    for fresh in (False, True):
+        with pytest.raises(HypervisorError, match="pool dgx-kvm is not active, so") as caught:
+            hypervisor.volumes(fresh=fresh)
+        assert caught.value.hint == "virsh pool-start dgx-kvm"
+
+
 # -- the simulation's memory ------------------------------------------------------------------
 
 

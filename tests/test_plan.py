@@ -13,6 +13,8 @@ from hosts import ALL, SimulatedHost
 from machines import MACHINES, own
 
 from dgx_kvm_sw.decide.plan import Intent
+from dgx_kvm_sw.guest.hypervisor import POOL, Hypervisor
+from dgx_kvm_sw.guest.simulated import SimulatedHypervisor
 from dgx_kvm_sw.model.actions import (
     Action,
     Change,
@@ -23,7 +25,8 @@ from dgx_kvm_sw.model.actions import (
     Verb,
 )
 from dgx_kvm_sw.model.base import to_json
-from dgx_kvm_sw.reconcile import POOL_PATH
+from dgx_kvm_sw.model.errors import HostError
+from dgx_kvm_sw.reconcile import POOL_PATH, gather
 
 Host = Callable[..., SimulatedHost]
 
@@ -227,16 +230,78 @@ def test_what_a_vm_to_be_stopped_also_changes_is_not_called_live(running: Simula
     assert effects(running.plan().vms[0].changes)["vcpus"] is Effect.NEXT_RESTART
 
 
-def test_a_missing_disk_is_made_again(running: SimulatedHost) -> None:
+GONE = "its disk /var/lib/dgx-kvm/images/a.os.qcow2 is gone"
+
+
+@pytest.mark.parametrize("kind", ["", ", os_disk: {format: raw}"])
+def test_a_missing_disk_is_not_made_again(running: SimulatedHost, kind: str) -> None:
+    """Its file system may just not be mounted; whatever the file says of it now."""
     with running.hypervisor() as hypervisor:
         hypervisor.delete_volume(pool_file("a.os.qcow2"))
-    plan = running.plan()
-    assert steps(plan) == ["CreateVolume a"]
-    assert plan.vms[0].changes == (
-        Change("disks", "a.os.qcow2 is missing", "created empty", Effect.LIVE),
-    )
+    running.declare(f"name: a, gpus: 1{kind}", "name: b, gpus: 1")
+    plan = running.plan(RESTART)
+    assert {action.vm for action in plan.actions} == {"b"}
+    (refused,) = plan.unplaceable
+    assert (refused.vm, refused.reasons) == ("a", (GONE,))
+    assert "mount or restore it" in refused.remedies[0]
     running.settle()
-    assert not running.plan().pending
+    assert running.domain("b").running
+
+
+def test_a_stopped_vm_whose_disk_is_missing_is_not_started(h100: SimulatedHost) -> None:
+    h100.declare("name: a, gpus: 1")
+    h100.settle()
+    h100.by_hand("a", lambda domain: domain.destroy())
+    with h100.hypervisor() as hypervisor:
+        hypervisor.delete_volume(pool_file("a.os.qcow2"))
+    assert h100.plan().actions == ()
+    h100.declare()
+    h100.settle(ALL)
+    h100.declare("name: a, gpus: 1")
+    h100.settle()
+    assert h100.domain("a").running
+
+
+def pool_off(hypervisor: Hypervisor) -> None:
+    hypervisor._connection.storagePoolLookupByName(POOL).destroy()
+
+
+def test_with_the_pool_off_vms_stay_and_nothing_is_made(running: SimulatedHost) -> None:
+    """Disks that cannot be looked at are not missing, and no new one is promised."""
+    head = "tenants: {hr: {}, it: {}}\n"
+    running.declare("name: a, gpus: 1, os_disk: 99GiB", "name: b, gpus: 1", head=head)
+    with running.hypervisor() as hypervisor:
+        pool_off(hypervisor)
+        plan = gather(running.site, hypervisor, RESTART).plan(RESTART)
+    assert plan.actions == ()
+    (refused,) = plan.unplaceable
+    assert refused.vm == "b"
+    assert refused.remedies == ("virsh pool-start dgx-kvm",)
+    assert any("the storage pool dgx-kvm is not active" in note for note in plan.notes)
+
+
+def test_without_an_answer_of_lvm_only_new_volumes_wait(
+    h100: SimulatedHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a volume group has lost a drive, or an ordinary user asks."""
+    disk = "disks: [{name: d, size: 1GiB, lvm: data}]"
+    h100.declare(f"name: a, gpus: 1, {disk}")
+    h100.settle()
+
+    def refuses(hypervisor: SimulatedHypervisor) -> None:
+        raise HostError("lvs refuses: no permission", "try it")
+
+    monkeypatch.setattr(SimulatedHypervisor, "logical_volumes", refuses)
+    assert not h100.plan().pending
+    h100.declare(f"name: a, gpus: 1, {disk}", f"name: b, gpus: 1, {disk}", "name: c, gpus: 1")
+    plan = h100.plan()
+    assert {action.vm for action in plan.actions} == {"c"}
+    (refused,) = plan.unplaceable
+    assert (refused.vm, refused.reasons) == (
+        "b",
+        ("LVM does not answer: lvs refuses: no permission",),
+    )
+    assert any("lvs refuses" in note for note in plan.notes)
 
 
 def test_a_new_disk_is_made_at_once_and_attached_at_the_next_restart(

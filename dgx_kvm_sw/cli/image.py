@@ -22,7 +22,7 @@ from dgx_kvm_sw.guest.images import Catalogue, Fault, Image
 from dgx_kvm_sw.model.base import to_json
 from dgx_kvm_sw.model.domain import Volume
 from dgx_kvm_sw.model.errors import BadFileError, DgxKvmError, ExitCode, UsageError
-from dgx_kvm_sw.reconcile import Site, read_current
+from dgx_kvm_sw.reconcile import Site, disks_now, read_current
 
 _HEAD = ("NAME", "VERSION", "SIZE", "DRIVER", "FROM", "STATE")
 
@@ -289,7 +289,7 @@ def _check_removable(site: Site, found: Catalogue, name: str) -> None:
         )
     ours = {each.path for each in imports}
     with site.hypervisor() as hypervisor:
-        current, volumes = read_current(hypervisor), hypervisor.volumes(fresh=True)
+        current, volumes = read_current(hypervisor), disks_now(site, hypervisor)
 
     def lies_on_it(path: str) -> bool:
         return path in ours or not ours and _is_of(path, name)

@@ -84,7 +84,7 @@ def desired_domain(
 def declared_volumes(vm: VmSpec, around: Surroundings) -> tuple[Volume, ...]:
     """Return the disks as the file has them: the OS disk, from its image, and the data disks."""
     os_disk = vm.resources.os_disk
-    image = around.images[vm.image] if vm.image else ("", "")
+    image = around.images.get(vm.image, ("", ""))
     origin = ("", "", *image) if os_disk.copy else image
     wanted = [_file(vm, "os", os_disk.size_mib, os_disk.format, around, *origin)]
     for disk in vm.disks:
@@ -124,13 +124,21 @@ def _as_made(wanted: Volume, vm: str, disk: str, around: Surroundings) -> Volume
     return replace(found, capacity_mib=wanted.capacity_mib)
 
 
+def is_own(domain: DomainStatus, disk: DomainDisk) -> bool:
+    """Whether a disk is the domain's own, by its name, and no CD."""
+    name = disk.path.rpartition("/")[2]
+    return not disk.cdrom and name.startswith(
+        (f"{domain.name}.", f"{LOGICAL_VOLUME}{domain.name}.")
+    )
+
+
 def own_disks(domain: DomainStatus, volumes: tuple[Volume, ...]) -> tuple[str, ...]:
     """Return paths of the domain's own disks: a site's template may attach what others use too.
 
     VM names hold no dot, so what starts like one of its disks is one.
     """
-    attached = {disk.path for disk in domain.facts.disks if not disk.cdrom}
-    return tuple(path for path in _disks_named(domain.name, volumes) if path in attached)
+    attached = {disk.path for disk in domain.facts.disks if is_own(domain, disk)}
+    return tuple(volume.path for volume in volumes if volume.path in attached)
 
 
 def detached_disks(domain: DomainStatus, volumes: tuple[Volume, ...]) -> tuple[str, ...]:

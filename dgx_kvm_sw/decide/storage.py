@@ -34,7 +34,7 @@ def growths(wanted: tuple[Volume, ...], current: CurrentState) -> tuple[Growth, 
     return tuple(
         Growth(volume, held[volume.path])
         for volume in wanted
-        if volume.path in held and not volume.group and held[volume.path] < volume.capacity_mib
+        if not volume.group and 0 < held.get(volume.path, 0) < volume.capacity_mib
     )
 
 

@@ -21,7 +21,9 @@ _COPY_SECONDS = 6 * 3600.0
 def needed_mib(volume: Volume) -> int:
     """How much of the pool a copy will take at first: an image may be compressed, a copy is not."""
     formats = ("-f", volume.source_format, "-O", volume.format)
-    said = _qemu_img(("measure", "--output=json", *formats, volume.source), _SECONDS)
+    said = _qemu_img(
+        ("measure", "--output=json", *formats, volume.source), _SECONDS, "dgx-kvm image verify"
+    )
     return -(-int(json.loads(said)["required"]) >> 20)
 
 
@@ -63,9 +65,11 @@ def _sync(path: str) -> None:
         os.close(descriptor)
 
 
-def _qemu_img(arguments: tuple[str, ...], seconds: float) -> str:
+def _qemu_img(
+    arguments: tuple[str, ...], seconds: float, hint: str = "see whether the disk is full"
+) -> str:
     done = run(("qemu-img", *arguments), timeout=seconds)
     if done.code:
         reason = " ".join(done.err.split()).removeprefix("qemu-img: ")
-        raise HostError(f"qemu-img {arguments[0]} fails: {reason}", "see whether the disk is full")
+        raise HostError(f"qemu-img {arguments[0]} fails: {reason}", hint)
     return done.out

@@ -148,10 +148,16 @@ class Hypervisor:
         """Return the volumes of our pool, by name; none where there is no such pool.
 
         With `fresh` libvirt looks at the folder first: it does not see what others put there.
+        Raises HypervisorError when the pool is off: what it holds is unknown then, not nothing.
         """
         pool = self._pool()
-        if pool is None or not pool.isActive():
+        if pool is None:
             return ()
+        if not pool.isActive():
+            raise HypervisorError(
+                f"the storage pool {POOL} is not active, so which disks there are is not known",
+                f"virsh pool-start {POOL}",
+            )
         found = []
         with explained(f"list the volumes of the pool {POOL}"):
             if fresh:

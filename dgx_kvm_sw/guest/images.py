@@ -13,6 +13,7 @@ from typing import Any
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.guest import checksums
+from dgx_kvm_sw.guest.problems import did_you_mean, shown
 from dgx_kvm_sw.model.errors import HostError
 
 MANIFESTS = "/usr/share/dgx-kvm/images.d"
@@ -214,6 +215,9 @@ def refusal(
     """Say why no disk of this size can be made of an image for a VM, and what to do."""
     if fault := found.faults.get(name):
         return fault.reason, fault.remedy
+    if name not in found.images:
+        hint = did_you_mean(name, found.names) or "`dgx-kvm image list` lists the images"
+        return f"there is no image {shown(name)}", hint
     image = found.images[name]
     needed = max(image.minimum_disk_mib, -(-image.virtual_size_bytes // (1 << 20)))
     if disk_mib < needed:

@@ -138,7 +138,7 @@ class Volume:
 
     name: str  # "hr-train.os.qcow2" on the pool, "dgx-kvm.hr-train.data" of LVM
     path: str
-    capacity_mib: int
+    capacity_mib: int  # 0: it could not be looked at
     format: str
     backing: str = ""  # path of the image it overlays
     backing_format: str = ""
@@ -177,6 +177,15 @@ class HostNetwork:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """Why the disks of one kind could not be looked at; those that VMs have are taken as there."""
+
+    logical: bool  # those of LVM, not those on the pool
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
 class CurrentState:
     """All that libvirt holds."""
 
@@ -184,6 +193,7 @@ class CurrentState:
     volumes: tuple[Volume, ...]  # on our pool and of LVM, by name
     networks: tuple[HostNetwork, ...] = ()  # by name
     groups: tuple[VolumeGroup, ...] = ()  # those with disks of ours or to have some
+    unread: tuple[Unread, ...] = ()
 
     def domain(self, name: str) -> DomainStatus | None:
         return next((domain for domain in self.domains if domain.name == name), None)

@@ -207,16 +207,15 @@ def test_domain_undefined_while_it_runs_can_be_stopped(
     assert not pids(claimed)
 
 
-def test_removed_disk_is_made_again(claimed: ClaimedHost) -> None:
+def test_removed_disk_is_not_made_again_but_taken_when_it_is_back(claimed: ClaimedHost) -> None:
     claimed.reach("name: vm, firmware: bios, state: stopped")
     disk = claimed.site.root.path(f"{POOL_PATH}/vm.os.qcow2")
-    disk.unlink()
-    (row,) = claimed.plan().vms
-    assert [(change.field, change.old) for change in row.changes] == [
-        ("disks", "vm.os.qcow2 is missing")
-    ]
-    claimed.apply()
-    assert disk.exists()
+    away = disk.rename(disk.parent.parent / "away.qcow2")
+    (refused,) = claimed.plan().unplaceable
+    assert refused.reasons == (f"its disk {POOL_PATH}/vm.os.qcow2 is gone",)
+    assert claimed.plan().actions == ()
+    claimed.libvirtd.virsh("pool-refresh", "dgx-kvm")
+    away.rename(disk)  # libvirt has to look to see it
     assert not claimed.plan().pending
 
 
