@@ -21,10 +21,12 @@ def seeded(
 ) -> tuple[Desired, Seed | None]:
     """Compare the VM's seed with what it is to be, and render one that is to be written."""
     held = guest_seed.held_digest(root, seed_path(vm.name, around.pool_path))
-    if vm.image not in around.cloud_init or not vm.first_boot.complete or held is None:
+    if vm.image not in around.cloud_init or not vm.first_boot.complete:
         return want, None
     facts = desired_seed(vm, around.machine_id, want.facts.uuid)
-    state = SeedState(held, guest_seed.seed_digest(templates, facts))
+    wanted = guest_seed.seed_digest(templates, facts)
+    # Who may not read the held one can write none either: what it is to be is all there is to say.
+    state = SeedState(wanted if held is None else held, wanted)
     seed = guest_seed.render(templates, facts) if state.stale else None
     return replace(want, seed=state), seed
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from hosts import ALL, SimulatedHost
 from test_firstboot import KEY
 
 from dgx_kvm_sw.access.hooks import HOOKS
+from dgx_kvm_sw.cli.seed import _refusal
 from dgx_kvm_sw.decide.plan import Intent
 from dgx_kvm_sw.execute import JOURNAL
 from dgx_kvm_sw.guest.seed import held_digest
@@ -285,6 +288,61 @@ def test_user_data_is_in_the_seed_and_nowhere_else(
     assert "VERYSECRET" not in f"{started}{plan}{at.situation.seeds}{at.situation.spec}"
     holding = [path for path, data in at.files().items() if b"VERYSECRET" in data]
     assert [Path(path).name for path in holding] == ["a.seed.iso"]
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of files that the kernel is to refuse: root may read everything."""
+    names: set[str] = set()
+    opened, path_open = os.open, Path.open
+
+    def check(path: Any) -> None:
+        if os.path.basename(path) in names:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    def guarded(path: Any, *args: Any, **kwargs: Any) -> int:
+        check(path)
+        return opened(path, *args, **kwargs)
+
+    def path_guarded(path: Path, *args: Any, **kwargs: Any) -> Any:
+        check(path)
+        return path_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", guarded)
+    monkeypatch.setattr(Path, "open", path_guarded)
+    return names
+
+
+def test_who_may_not_read_the_seed_is_told_what_it_is_to_be(
+    at: SimulatedHost, unreadable: set[str]
+) -> None:
+    at.declare(A)
+    at.settle()
+    unreadable.add("a.seed.iso")
+    assert told(at)["users"][0]["ssh_authorized_keys"] == [KEY]
+    assert not at.plan().pending and writes(at) == []
+
+
+def refusal(at: SimulatedHost) -> str:
+    at.plan()
+    assert at.situation.seed("a") is None
+    return str(_refusal(at.situation, "a"))
+
+
+def test_why_there_is_no_seed_to_show(at: SimulatedHost, unreadable: set[str]) -> None:
+    at.root.write("/root/ud", SECRET, 0o600)
+    at.declare(f"{A}, user_data: /root/ud")
+    unreadable.add("ud")
+    assert "may not be read by you" in refusal(at)
+    at.declare("name: a, gpus: 0")
+    assert refusal(at).startswith("a gets no first boot settings")
+    add(at.root, "plain", cloud_init=False)
+    at.declare("name: a, gpus: 0, image: plain")
+    assert "its image plain has no cloud-init" in refusal(at)
+    at.declare(A)
+    at.settle()
+    at.declare()
+    assert "it is not in the file any more" in refusal(at)
 
 
 def test_a_template_does_not_get_the_user_data(at: SimulatedHost) -> None:
