@@ -54,12 +54,7 @@ def airgap(release: str) -> None:
         story = Story(host, named(SHAPE), ())
         with told("a host without a network, and a folder"):
             host.boot()
-            host.put(folder.with_name(f"{folder.name}.tar"), "/srv/bundle.tar")
-            host.check(
-                f"mkdir {PLACE} && tar -xf /srv/bundle.tar -C {PLACE} --strip-components=1"
-                " --no-same-owner && rm /srv/bundle.tar",
-                INSTALL,
-            )
+            host.unpack(folder.with_name(f"{folder.name}.tar"), PLACE)
         with told(f"install.sh {' '.join(packages)}"):
             host.check(f"{PLACE}/install.sh {' '.join(packages)}", INSTALL)
             host.reboot()

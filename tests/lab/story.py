@@ -122,9 +122,8 @@ class Tour:
         self.parts.append(f"\n## {text[0].upper()}{text[1:]}\n")
 
     def typed(self, command: str, answer: str) -> None:
-        self.parts.append(
-            f"```console\n# {command}\n{answer.rstrip()}\n```\n".replace("\n\n```", "\n```")
-        )
+        shown = f"# {command}\n{answer}".rstrip()
+        self.parts.append(f"```console\n{shown}\n```\n")
 
     def save(self, file: Path) -> Path:
         file.write_text("\n".join(self.parts).lstrip())
@@ -182,12 +181,8 @@ class Story:
         host = self.host
         self.bundled = package.suffix == ".tar"
         if self.bundled:
-            host.put(package, "/srv/bundle.tar")
-            host.check(
-                f"mkdir -p {LASTING} && tar -xf /srv/bundle.tar -C {LASTING} --strip-components=1"
-                f" --no-same-owner && rm /srv/bundle.tar && cp {LASTING}/dgx-kvm.sources {SOURCE}",
-                600,
-            )
+            host.unpack(package, LASTING)
+            host.check(f"cp {LASTING}/dgx-kvm.sources {SOURCE}")
             return
         host.check(f"mkdir -p {REPOSITORY} && chmod 755 /srv {REPOSITORY}")
         host.put(package, f"{REPOSITORY}/{package.name}")
