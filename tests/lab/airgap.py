@@ -16,7 +16,7 @@ from lab.machine import Machine, overlay
 from lab.packages import LabError
 from lab.qemu import Hardware
 from lab.shape import named
-from lab.story import INSTALL, Story, expect, told
+from lab.story import INSTALL, Story, Tour, expect, told
 from lab.tools import tools
 from tools import bundle
 from tools.repository import built
@@ -25,6 +25,11 @@ SHAPE = "dgx2-small"
 IMAGES = {"eleven": "debian-11", "twelve": "debian-12", "thirteen": "debian-13"}  # by VM
 FIRST_BOOT = 3600.0  # seconds; a whole system in a VM in an emulated machine
 PLACE = "/srv/dgx-kvm"
+TOUR = """\
+# A site without a network
+
+What an operator types, and what is answered, where all comes from one folder.
+"""
 USER = "lab"
 VMS = f"""\
 version: 1
@@ -51,12 +56,14 @@ def airgap(release: str) -> None:
     base = build.disk(release, dependencies=False)
     disk = overlay(kit, base, ROOT / "disks" / f"airgap-{release}.qcow2")
     with Machine(kit, Hardware(named(SHAPE), disk), f"airgap-{release}") as host:
-        story = Story(host, named(SHAPE), ())
+        story = Story(host, named(SHAPE), (), tour=Tour(TOUR))
         with told("a host without a network, and a folder"):
             host.boot()
             host.unpack(folder.with_name(f"{folder.name}.tar"), PLACE)
+        story.tour.heading("install from the folder")
         with told(f"install.sh {' '.join(packages)}"):
-            host.check(f"{PLACE}/install.sh {' '.join(packages)}", INSTALL)
+            install = f"{PLACE}/install.sh {' '.join(packages)}"
+            story.typed(install, INSTALL, only="dgx-kvm|reboot")
             host.reboot()
             expect(host.settled() == "running", "the host is not well in KVM mode")
         story.tour.heading("three guest systems, a GPU each")
