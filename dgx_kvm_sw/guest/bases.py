@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
 
-from dgx_kvm_sw.access.files import Root, explained, locked
+from dgx_kvm_sw.access.files import Root, explained, locked, sync_path
 from dgx_kvm_sw.guest import checksums, images
 from dgx_kvm_sw.guest.checksums import Progress, unwatched
 from dgx_kvm_sw.guest.images import BASES, Image
@@ -142,11 +142,7 @@ def put_in_place(stream: BinaryIO, temporary: Path, base: Path) -> None:
     os.fchmod(stream.fileno(), MODE)
     os.fsync(stream.fileno())
     os.replace(temporary, base)
-    descriptor = os.open(base.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(base.parent)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from dgx_kvm_sw.access.files import explained
+from dgx_kvm_sw.access.files import explained, sync_path
 from dgx_kvm_sw.access.run import run
 from dgx_kvm_sw.model.domain import Volume
 from dgx_kvm_sw.model.errors import HostError
@@ -47,22 +47,14 @@ def make(volume: Volume) -> None:
         os.close(os.open(part, os.O_CREAT | os.O_EXCL, 0o600))  # qemu-img keeps the mode
         _qemu_img(("convert", "-q", *formats, *reserve, volume.source, part), _COPY_SECONDS)
         _qemu_img(("resize", "-q", "-f", volume.format, *grow, part, size), _COPY_SECONDS)
-        _sync(part)
+        sync_path(part)
         os.rename(part, volume.path)
-        _sync(folder)
+        sync_path(folder)
     except OSError as error:
         raise explained(error, "make", Path(volume.path)) from error
     finally:
         with contextlib.suppress(OSError):
             os.unlink(part)
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _qemu_img(
