@@ -376,13 +376,14 @@ def _desired(
     around: Surroundings,
     needed: Mapping[str, HostNetwork],
 ) -> Desired:
-    facts = desired_domain(vm, placement, inputs.topology, around)
+    volumes = desired_volumes(vm, around)
+    facts = desired_domain(vm, placement, inputs.topology, around, volumes)
     held = current.domain(vm.name)
     if held:  # a host whose machine id has changed keeps the UUIDs its domains were made with
         facts = with_seed_of(replace(facts, uuid=held.facts.uuid), held.facts)
     return Desired(
         facts=facts,
-        volumes=desired_volumes(vm, around),
+        volumes=volumes,
         partition=placement.partition,
         state=vm.state,
         summary=summary(placement, inputs.topology),
