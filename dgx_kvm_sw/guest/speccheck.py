@@ -113,7 +113,8 @@ def mistakes(
     yield from _unknown_references(sections, "tenant", {tenant.name for tenant in tenants})
     if images is not None:
         yield from _unknown_references(sections, "image", images)
-    yield from _repeated_disks(sections)
+    yield from _repeated_in_disks(sections, "name", "there is already a disk {} here")
+    yield from _repeated_in_disks(sections, "mount", "another disk of this VM is mounted at {}")
     yield from _impossible_disks(sections)
     yield from _impossible_overlays(vms, sizes)
     yield from _impossible_vlans(sections)
@@ -158,16 +159,19 @@ def _unknown_references(
             yield document.problem((*path, key), f"there is no {key} {shown(value)}", hint)
 
 
-def _repeated_disks(sections: Sequence[tuple[Document, Path]]) -> Iterator[Problem]:
+def _repeated_in_disks(
+    sections: Sequence[tuple[Document, Path]], key: str, message: str
+) -> Iterator[Problem]:
+    """Yield a problem for every disk with the `key` (name, mount) of another of the same VM."""
     for document, path in sections:
         seen: set[str] = set()
         for index in range(len(document.sequence(*path, "disks"))):
-            place = (*path, "disks", index, "name")
-            name = document.get(*place)
-            if isinstance(name, str):
-                if name in seen:
-                    yield document.problem(place, f"there is already a disk {shown(name)} here")
-                seen.add(name)
+            place = (*path, "disks", index, key)
+            value = document.get(*place)
+            if isinstance(value, str):
+                if value in seen:
+                    yield document.problem(place, message.format(shown(value)))
+                seen.add(value)
 
 
 def _impossible_disks(sections: Sequence[tuple[Document, Path]]) -> Iterator[Problem]:
