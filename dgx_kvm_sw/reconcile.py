@@ -189,9 +189,11 @@ class Situation:
         return (*self.stop_actions(name), *self._start_actions(held))
 
     def _start_actions(self, held: DomainStatus) -> tuple[Action, ...]:
-        wanted = (want for want in self.desired if want.facts.name == held.name)
-        write = next((want.seed_actions for want in wanted), ())
-        return (*write, *start_actions(held.facts, self._partition(held.facts)))
+        ready: list[Action] = []  # what waits for the VM to be off
+        for want in self.desired:
+            if want.facts.name == held.name:
+                ready += (*want.grow_actions(self.current), *want.seed_actions)
+        return (*ready, *start_actions(held.facts, self._partition(held.facts)))
 
     def _partition(self, facts: DomainFacts) -> Partition | None:
         return self.platform.with_gpus(gpu_indexes(self.topology, devices_of(facts)))

@@ -271,6 +271,18 @@ def test_what_is_no_plan_is_not_applied(text: str, eight: Host, tmp_path: Path) 
 # -- one VM -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("verbs", [("restart",), ("stop", "start")])
+def test_a_disk_that_waited_for_a_restart_grows_with_it(run: Host, verbs: tuple[str, ...]) -> None:
+    """The watcher starts a VM whose guest has rebooted as `start` does."""
+    run.declare("version: 1\nvms: [{name: a, gpus: 0}]\n")
+    run("apply")
+    run.declare("version: 1\nvms: [{name: a, gpus: 0, os_disk: 99GiB}]\n")
+    assert "at next restart" in run("plan").out
+    for verb in verbs:
+        assert run(f"{verb} a").code == 0
+    assert run("plan").code == 0, "it is as large as the file says"
+
+
 def test_start_stop_restart(eight: Host) -> None:
     eight("apply")
     assert eight("start vm-0").out == "vm-0 is running already\n"

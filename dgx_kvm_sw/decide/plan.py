@@ -77,6 +77,10 @@ class Desired:
         stale = self.seed is not None and self.seed.stale
         return (WriteSeed(self.facts.name, self.facts.uuid),) if stale else ()
 
+    def grow_actions(self, current: CurrentState) -> tuple[GrowVolume, ...]:
+        """What makes the disks that are there as large as the file says, while the VM is off."""
+        return tuple(GrowVolume(self.facts.name, g.volume) for g in growths(self.volumes, current))
+
 
 @dataclass(frozen=True)
 class _Step:
@@ -138,11 +142,10 @@ def _vm_step(
     name = want.facts.name
     have = {volume.path for volume in current.volumes}
     active = {network.name for network in current.networks if network.active}
-    grown = growths(want.volumes, current)
-    grows = tuple(GrowVolume(name, growth.volume) for growth in grown)
+    grows = want.grow_actions(current)
     larger = [
         (f"size of {g.volume.name}", size_text(g.held_mib), size_text(g.volume.capacity_mib))
-        for g in grown
+        for g in growths(want.volumes, current)
     ]
     prepare: tuple[Preparation, ...] = (
         *(EnsureNetwork(name, network) for network in want.networks if network.name not in active),
