@@ -183,7 +183,7 @@ class _Run:
 
     def _chain(self, actions: Iterable[Action]) -> None:
         for action in actions:
-            if action.vm in self.failed:
+            if self.failed & {action.vm, *getattr(action, "users", ())}:
                 self._tell(Event(Stage.SKIPPED, action))
                 continue
             self._tell(Event(Stage.BEGIN, action))

@@ -437,8 +437,7 @@ def test_a_network_that_goes_is_told(run: Host) -> None:
     vm = "version: 1\nvms: [{name: a, state: stopped, gpus: 0, %s}]\n"
     for networks, last in (
         ("networks: [{nat: true}]", "Done: 1 created."),
-        ("", "Done: 1 changed."),
-        ("", "Done: 1 network removed."),
+        ("", "Done: 1 changed, 1 network removed."),
     ):
         run.declare(vm % networks)
         assert run("apply").last == last

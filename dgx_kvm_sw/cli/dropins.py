@@ -217,7 +217,7 @@ def _removals(situation: Situation, name: str) -> Iterator[RemoveNetwork]:
     domains = tuple(domain for domain in current.domains if domain.name != name)
     names = needed(others, current.networks, ())
     for network in unused(replace(current, domains=domains), names):
-        yield RemoveNetwork(f"network {network.name}", network)
+        yield RemoveNetwork.of(network, current)
 
 
 def _take_down(session: Session, held: DomainStatus, args: Namespace) -> Report:
