@@ -14,6 +14,7 @@ from commandline import DGX_KVM, EIGHT, Host
 from hosts import FOREIGN_XML
 
 from dgx_kvm_sw.cli import main, verbs
+from dgx_kvm_sw.guest.images import MANIFESTS
 from dgx_kvm_sw.guest.simulated import SimulatedHypervisor
 from dgx_kvm_sw.host.health import QUARANTINE
 from dgx_kvm_sw.model.errors import ExitCode
@@ -486,13 +487,15 @@ def _state(host: Host) -> set[str]:
         ("--gpus 1 --memory lots", ExitCode.USAGE, "--memory: 'lots' is not a size"),
         ("--gpus 1 --memory 20", ExitCode.USAGE, "did you mean `20GiB`?"),
         ("--gpus 1 --tenant nobody", ExitCode.USAGE, "--tenant: there is no tenant 'nobody'"),
-        ("--gpus 1 --image debian-21", ExitCode.FAILED, "did you mean `debian-12`?"),
+        ("--gpus 1 --image debian-21", ExitCode.USAGE, "did you mean `debian-12`?"),
         ("--gpus 1 --disk os=1GiB", ExitCode.USAGE, "--disk"),
         ("--gpus 1 --network wire=x", ExitCode.USAGE, "--network"),
         ("--gpus 2 --pin 8", ExitCode.USAGE, "--pin"),
         ("--gpus 1 --pin [8", ExitCode.USAGE, "--pin"),
         ('--gpus 1 --image "},x:{', ExitCode.USAGE, "--image"),
-        ("--gpus 1 --image 12", ExitCode.FAILED, "there is no image '12'"),
+        ("--gpus 1 --image 12", ExitCode.USAGE, "--image: there is no image '12'"),
+        ("--gpus 1 --image zzz", ExitCode.USAGE, "known images: broken, debian-12"),
+        ("--gpus 1 --image broken", ExitCode.FAILED, "'name' is missing"),
         ("--gpus 1 --tenant 12", ExitCode.USAGE, "--tenant: there is no tenant '12'"),
         ("--gpus 1 --vcpus many", ExitCode.USAGE, "--vcpus: 'many' is not"),
     ],
@@ -502,6 +505,7 @@ def test_a_create_that_is_refused_leaves_nothing(
 ) -> None:
     eight.declare(EIGHT.replace("gpus: 2", "gpus: 1"))
     eight("apply")
+    eight.root.write(f"{MANIFESTS}/broken.json", '{"manifest": 1}')
     before = _state(eight)
     result = eight(f"create lab {options}")
     assert result.code == code

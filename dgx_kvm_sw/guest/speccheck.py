@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dgx_kvm_sw.guest.document import Document, Path
-from dgx_kvm_sw.guest.problems import did_you_mean, shown
+from dgx_kvm_sw.guest.problems import shown, unknown
 from dgx_kvm_sw.model.errors import Problem
 from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.spec import SIZES, SourceLine
@@ -150,13 +150,10 @@ def _unknown_references(
     sections: Sequence[tuple[Document, Path]], key: str, known: Collection[str]
 ) -> Iterator[Problem]:
     """Yield a problem for every `key` (tenant, image) whose value is not among the known."""
-    some = ", ".join(sorted(known)[:8])
     for document, path in sections:
         value = document.get(*path, key)
         if isinstance(value, str) and value not in known:
-            other = f"known {key}s: {some}" if some else f"no {key} is known"
-            hint = did_you_mean(value, known) or other
-            yield document.problem((*path, key), f"there is no {key} {shown(value)}", hint)
+            yield document.problem((*path, key), *unknown(key, value, known))
 
 
 def _repeated_in_disks(
