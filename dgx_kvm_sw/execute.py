@@ -34,8 +34,8 @@ from dgx_kvm_sw.model.actions import (
     WriteSeed,
 )
 from dgx_kvm_sw.model.base import StrEnum
-from dgx_kvm_sw.model.domain import DomainDef
-from dgx_kvm_sw.model.errors import DgxKvmError, HostError
+from dgx_kvm_sw.model.domain import DomainDef, DomainDisk
+from dgx_kvm_sw.model.errors import DgxKvmError, HostError, HypervisorError
 from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.platform import Platform
 from dgx_kvm_sw.model.seed import Seed
@@ -133,6 +133,10 @@ def execute(
     return run.all(actions)
 
 
+def _is_on_pool(disk: DomainDisk) -> bool:
+    return disk.path.startswith(f"{POOL_PATH}/")
+
+
 def _words(devices: Iterable[PciAddress]) -> str:
     return " ".join(map(str, devices))
 
@@ -150,7 +154,7 @@ class _Run:
     failures: list[tuple[Action, DgxKvmError]] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
     held: dict[PciAddress, str] = field(default_factory=dict)
-    moved: dict[str, str] = field(default_factory=dict)  # by VM: which disk, in a sentence
+    no_disk: dict[str, HostError] = field(default_factory=dict)  # by VM: why it cannot start
     starting: dict[str, PreparePartition] = field(default_factory=dict)  # by VM
 
     def all(self, actions: tuple[Action, ...]) -> Outcome:
@@ -174,7 +178,7 @@ class _Run:
             chains.setdefault(action.vm, []).append(action)
         if phase == PreparePartition.phase:
             self.held = self._running_devices()
-            self.moved = self._moved_disks()
+            self.no_disk = self._unsafe_disks()
         if phase in (ShutDownDomain.phase, StartDomain.phase) and len(chains) > 1:
             with ThreadPoolExecutor(min(_PARALLEL, len(chains))) as pool:
                 list(pool.map(self._chain, chains.values()))
@@ -318,9 +322,8 @@ class _Run:
         """Make the partition ready and leave the mark without which the qemu hook, and we
         ourselves, start no VM. Nothing of it may touch a device that a running domain holds.
         """
-        if moved := self.moved.get(action.vm):
-            hint = "run `dgx-kvm apply`: it takes the disk as it is"
-            raise HostError(f"{action.vm} is not started: {moved}", hint)
+        if reason := self.no_disk.get(action.vm):
+            raise HostError(f"{action.vm} is not started: {reason.message}", reason.hint)
         for device in sorted(action.devices):
             holder = self.held.setdefault(device, action.vm)  # atomic: VMs start side by side
             if holder != action.vm:
@@ -359,22 +362,30 @@ class _Run:
                 held.update({hostdev.source: facts.name for hostdev in facts.hostdevs})
         return held
 
-    def _moved_disks(self) -> dict[str, str]:
+    def _unsafe_disks(self) -> dict[str, HostError]:
         """VMs whose definition names another backing file than their disk does: somebody has put
         an older disk back, say. A guest that sees a wrong file below its own data destroys it.
+        A disk that cannot be looked at is not safe either.
         """
         if not self.starting:
             return {}
-        self.hypervisor.ensure_pool(POOL_PATH)  # a disk that cannot be looked at is not safe
-        backings = {v.path: v.backing for v in self.hypervisor.volumes(fresh=True)}
+        domains = [each for each in self.hypervisor.domains() if each.name in self.starting]
+        disks = {each.name: domainxml.parse(each.inactive).disks for each in domains}
+        try:
+            self.hypervisor.ensure_pool(POOL_PATH)
+            backings = {v.path: v.backing for v in self.hypervisor.volumes(fresh=True)}
+        except HypervisorError as error:
+            hint = error.hint or f"see that {POOL_PATH} is mounted and whole, then try again"
+            reason = HostError(f"its disks are not to be had: {error.message}", hint)
+            on_pool = (vm for vm, held in disks.items() if any(map(_is_on_pool, held)))
+            return dict.fromkeys(on_pool, reason)
         found = {}
-        for domain in self.hypervisor.domains():
-            if domain.name in self.starting:
-                for disk in domainxml.parse(domain.inactive).disks:
-                    have = backings.get(disk.path, disk.backing)
-                    if disk.backing and have != disk.backing:
-                        lies = f"lies over {have or 'nothing'}, its definition says {disk.backing}"
-                        found[domain.name] = f"disk {disk.path} {lies}"
+        for vm, disk in ((vm, disk) for vm, held in disks.items() for disk in held):
+            have = backings.get(disk.path, disk.backing)
+            if disk.backing and have != disk.backing:
+                lies = f"lies over {have or 'nothing'}, its definition says {disk.backing}"
+                hint = "run `dgx-kvm apply`: it takes the disk as it is"
+                found[vm] = HostError(f"disk {disk.path} {lies}", hint)
         return found
 
     # -- telling ----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
+import libvirt
 import pytest
 from hosts import ALL, SimulatedHost
 from machines import bind, own
@@ -29,7 +30,7 @@ from dgx_kvm_sw.execute import (
     execute,
     locked_site,
 )
-from dgx_kvm_sw.guest.hypervisor import Hypervisor
+from dgx_kvm_sw.guest.hypervisor import POOL, Hypervisor
 from dgx_kvm_sw.guest.simulated import SimulatedHypervisor
 from dgx_kvm_sw.host.fabric import VfioFabric
 from dgx_kvm_sw.model.actions import Action, PreparePartition, StartDomain
@@ -37,7 +38,7 @@ from dgx_kvm_sw.model.domain import CurrentState
 from dgx_kvm_sw.model.errors import BusyError, HostError
 from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.platform import Partition
-from dgx_kvm_sw.reconcile import LOCK
+from dgx_kvm_sw.reconcile import LOCK, POOL_PATH
 
 Host = Callable[..., SimulatedHost]
 
@@ -459,6 +460,35 @@ def test_the_journal_says_what_failed_and_why(h100: SimulatedHost) -> None:
     assert failed["event"] == "failed" and "already running" in str(failed["error"])
     assert skipped["event"] == "skipped"
     assert (end["done"], end["failed"]) == (1, 1)
+
+
+def test_without_the_pool_only_vms_with_disks_on_it_stay_off(
+    h100: SimulatedHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when what the pool is on is not mounted."""
+    h100.declare(*(f"name: {vm}, gpus: 1, state: stopped" for vm in "ab"))
+    h100.settle()
+    with h100.hypervisor() as hypervisor:
+        elsewhere = hypervisor.domain("b").inactive.replace(POOL_PATH, "/srv/disks")
+        hypervisor.define("b", elsewhere)
+    h100.plan()
+
+    def refuse(pool: libvirt.virStoragePool, flags: int = 0) -> None:
+        raise libvirt.libvirtError("cannot open directory")
+
+    with h100.hypervisor() as hypervisor:
+        hypervisor._connection.storagePoolLookupByName(POOL).destroy()
+        monkeypatch.setattr(libvirt.virStoragePool, "create", refuse)
+        starts = tuple(each for vm in "ab" for each in h100.situation.start_actions(vm))
+        outcome = execute(h100.site, hypervisor, h100.situation.platform, starts, {}, {})
+        running = [each.name for each in hypervisor.domains() if each.live]
+    ((action, error),) = outcome.failures
+    assert (action.vm, running) == ("a", ["b"])
+    assert error.message == (
+        "a is not started: its disks are not to be had: libvirt could not make the storage pool"
+        f" dgx-kvm at {POOL_PATH}: cannot open directory"
+    )
+    assert "is mounted and whole" in error.hint
 
 
 def test_many_threads_write_whole_lines(h100: SimulatedHost) -> None:
