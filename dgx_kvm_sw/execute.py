@@ -16,6 +16,7 @@ from dgx_kvm_sw.access.hooks import run_hooks
 from dgx_kvm_sw.decide.domain import seed_path
 from dgx_kvm_sw.guest import bases, domainxml, images
 from dgx_kvm_sw.guest import seed as guest_seed
+from dgx_kvm_sw.guest.checksums import Progress
 from dgx_kvm_sw.guest.hypervisor import Hypervisor
 from dgx_kvm_sw.host.fabric import Fabric, fabric_for
 from dgx_kvm_sw.model.actions import (
@@ -59,13 +60,22 @@ class Stage(StrEnum):
 
 
 @dataclass(frozen=True)
+class Part:
+    """How far an action is that takes long, in bytes."""
+
+    label: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Event:
     """What happens to an action, for progress and the journal."""
 
     stage: Stage
     action: Action
     error: DgxKvmError | None = None
-    progress: str = ""  # of one that is under way, for a person
+    part: Part | None = None  # of one that is under way
 
 
 Report = Callable[[Event], None]
@@ -222,7 +232,8 @@ class _Run:
             case CreateVolume():
                 self._adopt(action)
                 self.hypervisor.ensure_pool(POOL_PATH)
-                self.hypervisor.create_volume(action.volume)
+                name = action.volume.name
+                self.hypervisor.create_volume(action.volume, self._progress(action, name))
             case GrowVolume():
                 self.hypervisor.grow_volume(action.volume)
             case EnsureNetwork():
@@ -253,13 +264,12 @@ class _Run:
                 "repeat this command: it takes the images that are there now",
             )
 
-        reading = f"reading image {image.label}"
+        bases.adopt(self.site.root, image, self._progress(action, f"reading {image.label}"))
 
-        def tell(done: int, total: int) -> None:
-            part = f"{reading}: {100 * done // total} %"
-            self.report(Event(Stage.UNDER_WAY, action, progress=part))
-
-        bases.adopt(self.site.root, image, tell)
+    def _progress(self, action: Action, label: str) -> Progress:
+        return lambda done, total: self.report(
+            Event(Stage.UNDER_WAY, action, part=Part(label, done, total))
+        )
 
     def _remove_unneeded_bases(self) -> None:
         """Remove the bases that only deleted disks lay on; where that fails they just stay."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -452,8 +453,22 @@ def test_sizes_are_short(number: int, text: str) -> None:
 
 
 def test_a_bar_fills() -> None:
-    assert drawn("x", 0, 0, "#-") == f"x {'-' * 30}   0 %  0 B of 0 B"
-    assert drawn("x", 1 << 30, 2 << 30, "#-") == f"x {'#' * 15}{'-' * 15}  50 %  1 GiB of 2 GiB"
+    assert drawn("x", 0, 0, "#-", 79) == f"x {'-' * 30}   0 %  0 B of 0 B"
+    half = drawn("x", 1 << 30, 2 << 30, "#-", 79)
+    assert half == f"x {'#' * 15}{'-' * 15}  50 %  1 GiB of 2 GiB"
+    assert drawn("x", 1 << 30, 2 << 30, "#-", 32) == "x ####----  50 %  1 GiB of 2 GiB"
+    assert drawn("x", 1, 2, "#-", 9) == "x   50 % "
+
+
+def test_an_apply_draws_the_bar_too(bare: Host) -> None:
+    add(bare.root, "big", bytes(40 << 20))
+    declare(bare, ("a", "big"))
+    master, slave = os.openpty()
+    done = bare.outside("apply", capture_output=False, stdout=subprocess.DEVNULL, stderr=slave)
+    os.close(slave)
+    assert done.returncode == 0
+    text = os.read(master, 65536).decode()
+    assert re.search(r"1/\d reading big 1.0 \S+ +\d+ %  \d+ MiB of 40 MiB", text)
 
 
 def test_a_bar_is_drawn_for_a_person_only(bare: Host, tmp_path: Path) -> None:
