@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -186,9 +186,11 @@ class _Run:
         chains: dict[str, list[Action]] = {}
         for action in actions:
             chains.setdefault(action.vm, []).append(action)
+        if phase in (ShutDownDomain.phase, PreparePartition.phase):
+            self.no_disk = self._without_pool()
         if phase == PreparePartition.phase:
             self.held = self._running_devices()
-            self.no_disk = self._unsafe_disks()
+            self.no_disk = self.no_disk or self._moved_disks()
         if phase in (ShutDownDomain.phase, StartDomain.phase) and len(chains) > 1:
             with ThreadPoolExecutor(min(_PARALLEL, len(chains))) as pool:
                 list(pool.map(self._chain, chains.values()))
@@ -216,6 +218,7 @@ class _Run:
             case ShutDownDomain():
                 if start := self.starting.get(action.vm):
                     # What could not be started again is not stopped.
+                    self._check_disks(action.vm, "runs on")
                     self.fabric.verify(start.partition, start.devices)
                 self._shut_down(action)
             case ReleasePartition():
@@ -332,8 +335,7 @@ class _Run:
         """Make the partition ready and leave the mark without which the qemu hook, and we
         ourselves, start no VM. Nothing of it may touch a device that a running domain holds.
         """
-        if reason := self.no_disk.get(action.vm):
-            raise HostError(f"{action.vm} is not started: {reason.message}", reason.hint)
+        self._check_disks(action.vm, "is not started")
         for device in sorted(action.devices):
             holder = self.held.setdefault(device, action.vm)  # atomic: VMs start side by side
             if holder != action.vm:
@@ -348,6 +350,10 @@ class _Run:
         about = {"DGX_KVM_GPUS": _words(gpus), "DGX_KVM_DEVICES": _words(action.devices)}
         self._hooks(action, "vm-start", about)
         self.site.root.write(f"{PREPARED}/{action.uuid}", "", 0o600, sync=False)
+
+    def _check_disks(self, vm: str, otherwise: str) -> None:
+        if reason := self.no_disk.get(vm):
+            raise HostError(f"{vm} {otherwise}: {reason.message}", reason.hint)
 
     def _start(self, action: StartDomain) -> None:
         mark = f"{PREPARED}/{action.uuid}"
@@ -372,31 +378,38 @@ class _Run:
                 held.update({hostdev.source: facts.name for hostdev in facts.hostdevs})
         return held
 
-    def _unsafe_disks(self) -> dict[str, HostError]:
-        """VMs whose definition names another backing file than their disk does: somebody has put
-        an older disk back, say. A guest that sees a wrong file below its own data destroys it.
-        A disk that cannot be looked at is not safe either.
+    def _without_pool(self) -> dict[str, HostError]:
+        """VMs that cannot start, as our pool is not to be had: a disk that nobody can look at is
+        not safe.
         """
-        if not self.starting:
-            return {}
-        domains = [each for each in self.hypervisor.domains() if each.name in self.starting]
-        disks = {each.name: domainxml.parse(each.inactive).disks for each in domains}
         try:
-            self.hypervisor.ensure_pool(POOL_PATH)
-            backings = {v.path: v.backing for v in self.hypervisor.volumes(fresh=True)}
+            if self.starting:
+                self.hypervisor.ensure_pool(POOL_PATH)
+                self.hypervisor.volumes(fresh=True)
         except HypervisorError as error:
             hint = error.hint or f"see that {POOL_PATH} is mounted and whole, then try again"
             reason = HostError(f"its disks are not to be had: {error.message}", hint)
-            on_pool = (vm for vm, held in disks.items() if any(map(_is_on_pool, held)))
-            return dict.fromkeys(on_pool, reason)
+            return {vm: reason for vm, disk in self._disks_to_start() if _is_on_pool(disk)}
+        return {}
+
+    def _moved_disks(self) -> dict[str, HostError]:
+        """VMs whose definition names another backing file than their disk does: somebody has put
+        an older disk back, say. A guest that sees a wrong file below its own data destroys it.
+        """
+        backings = {v.path: v.backing for v in self.hypervisor.volumes()}
         found = {}
-        for vm, disk in ((vm, disk) for vm, held in disks.items() for disk in held):
+        for vm, disk in self._disks_to_start():
             have = backings.get(disk.path, disk.backing)
             if disk.backing and have != disk.backing:
                 lies = f"lies over {have or 'nothing'}, its definition says {disk.backing}"
                 hint = "run `dgx-kvm apply`: it takes the disk as it is"
                 found[vm] = HostError(f"disk {disk.path} {lies}", hint)
         return found
+
+    def _disks_to_start(self) -> Iterator[tuple[str, DomainDisk]]:
+        for domain in self.hypervisor.domains():
+            if domain.name in self.starting:
+                yield from ((domain.name, d) for d in domainxml.parse(domain.inactive).disks)
 
     # -- telling ----------------------------------------------------------------------------
 
