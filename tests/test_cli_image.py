@@ -19,6 +19,7 @@ from dgx_kvm_sw.cli.bar import drawn
 from dgx_kvm_sw.cli.output import size
 from dgx_kvm_sw.execute import JOURNAL
 from dgx_kvm_sw.guest import bases
+from dgx_kvm_sw.guest.checksums import REMEMBERED
 from dgx_kvm_sw.guest.images import BASES, IMPORTED, MANIFESTS, Image
 from dgx_kvm_sw.model.errors import ExitCode
 from dgx_kvm_sw.reconcile import POOL_PATH
@@ -195,6 +196,16 @@ def test_verify_reads_a_base_that_is_another_file(bare: Host) -> None:
     assert done.out == "debian-12: base damaged\n"
     assert f"the base {image.base} is damaged: its sha256 is" in done.err
     assert row(bare("image list"), "debian-12").endswith("| ok")
+
+
+def test_verify_tells_the_truth_where_nothing_can_be_remembered(bare: Host) -> None:
+    """As when an ordinary user runs it."""
+    image = add(bare.root, "debian-12")
+    bare.root.path(image.path).write_bytes(BYTES[::-1])
+    bare.root.path(REMEMBERED).unlink(missing_ok=True)
+    bare.root.path(REMEMBERED).mkdir(parents=True)
+    done = bare("image verify")
+    assert (done.code, done.out) == (ExitCode.FAILED, "debian-12: hash mismatch\n")
 
 
 def test_verify_reads_the_bases_of_older_images_and_of_none(bare: Host) -> None:

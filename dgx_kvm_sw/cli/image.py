@@ -229,16 +229,16 @@ def _verify(site: Site, args: Namespace) -> ExitCode:
         # What was damaged when it was last read is read again.
         if name in found.images and (not fault or fault.state in _FOUND_BY_READING):
             paths.insert(0, found.images[name].path)
-        _read(site, paths, name, quiet=args.quiet)
-        good = _is_good(site, name, quiet=args.quiet) and good
+        read = _read(site, paths, name, quiet=args.quiet)
+        good = _is_good(site, name, read, quiet=args.quiet) and good
     if not names:
         say("There are no images.", quiet=args.quiet)
     return ExitCode.OK if good else ExitCode.FAILED
 
 
-def _is_good(site: Site, name: str, *, quiet: bool) -> bool:
+def _is_good(site: Site, name: str, read: checksums.Remembered, *, quiet: bool) -> bool:
     """Say what is known by now of an image and of all that disks may lie on."""
-    found = _of(images.catalogue(site.root), name)
+    found = _of(images.catalogue(site.root, read), name)
     fault = found.faults.get(name)
     state = fault.state if fault else "base damaged" if found.damaged else "ok"
     say(f"{name}: {state}", quiet=quiet and state == "ok")
@@ -249,20 +249,23 @@ def _is_good(site: Site, name: str, *, quiet: bool) -> bool:
     return state == "ok"
 
 
-def _read(site: Site, paths: Iterable[str], label: str, *, quiet: bool) -> None:
-    """Read files and remember their checksums; what is one file by several names is read once."""
-    read: dict[tuple[int, int], str] = {}
+def _read(site: Site, paths: Iterable[str], label: str, *, quiet: bool) -> checksums.Remembered:
+    """Read files and remember their checksums; one file by several names is read once."""
+    by_inode: dict[tuple[int, int], str] = {}
+    read = {}
     for path in paths:
         file = site.root.path(path)
         try:
             found = file.stat()
         except OSError as error:
             raise explained(error, "read", file) from error
-        key = (found.st_dev, found.st_ino)
-        if key not in read:
+        inode = (found.st_dev, found.st_ino)
+        if inode not in by_inode:
             with bar(label, quiet=quiet) as progress:
-                read[key] = checksums.sha256_of(file, progress)
-        checksums.remember(site.root, path, found, read[key])
+                by_inode[inode] = checksums.sha256_of(file, progress)
+        read[path] = (checksums.State.of(found), by_inode[inode])
+        checksums.remember(site.root, path, found, by_inode[inode])
+    return read
 
 
 # -- adding and removing ------------------------------------------------------------------------

@@ -115,10 +115,11 @@ class Catalogue:
         return (*self.images.values(), *self.older)
 
 
-def catalogue(root: Root) -> Catalogue:
+def catalogue(root: Root, read: checksums.Remembered | None = None) -> Catalogue:
     """Read all manifests and look at their files; what is bad is named and hinders no other.
 
-    The files are not read: that is done before the first use, and by `dgx-kvm image verify`.
+    The files are not read: that is done before the first use, and by `dgx-kvm image verify`,
+    which gives what it has `read`, as it cannot always be remembered.
     """
     images: dict[str, Image] = {}
     problems: list[str] = []
@@ -141,7 +142,7 @@ def catalogue(root: Root) -> Catalogue:
             older.append(lower)
     for name in faults.keys() & images.keys():  # another manifest has a good one of that name
         del faults[name]
-    memory = checksums.remembered(root)
+    memory = {**checksums.remembered(root), **(read or {})}
     damaged = _damaged_bases(root, (*images.values(), *older), memory)
     for image in tuple(images.values()):
         good = next((base for base in image.base_names if base not in damaged), "")
