@@ -10,7 +10,7 @@ from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.decide import storage
 from dgx_kvm_sw.decide.domain import LOGICAL_VOLUME, Surroundings, declared_volumes, is_own
 from dgx_kvm_sw.decide.plan import Desired
-from dgx_kvm_sw.guest import images
+from dgx_kvm_sw.guest import bases, images
 from dgx_kvm_sw.guest.images import Catalogue
 from dgx_kvm_sw.model.domain import CurrentState, DomainStatus, Unread, Volume, VolumeGroup
 from dgx_kvm_sw.model.errors import HostError, HypervisorError
@@ -165,13 +165,22 @@ def room(
 
 
 def notes(
-    desired: list[Desired], spec: HostSpec, current: CurrentState, around: Surroundings
+    desired: list[Desired],
+    spec: HostSpec,
+    current: CurrentState,
+    around: Surroundings,
+    catalogue: Catalogue,
 ) -> Iterator[str]:
-    """Disks are made once: say where the file now asks for others, and change nothing.
+    """Disks are made once: say where one lies on what is damaged, or where the file now asks for
+    others, and change nothing.
 
     A newer version of a disk's image is no news here; `dgx-kvm image show` has it.
     """
     yield from (f"{each.reason} ({each.remedy})" for each in current.unread)
+    users = bases.users(current)
+    for base, text, remedy in bases.damages(catalogue, users):
+        if base in users:
+            yield f"{text} ({remedy})"
     held = {volume.path: volume for volume in current.volumes}
     vms: dict[str, VmSpec] = {vm.name: vm for vm in spec.vms}
     for want in desired:

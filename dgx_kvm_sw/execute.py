@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from dgx_kvm_sw.access.hooks import run_hooks
 from dgx_kvm_sw.decide.domain import seed_path
 from dgx_kvm_sw.guest import bases, domainxml, images
 from dgx_kvm_sw.guest import seed as guest_seed
+from dgx_kvm_sw.guest.checksums import Progress
 from dgx_kvm_sw.guest.hypervisor import Hypervisor
 from dgx_kvm_sw.host.fabric import Fabric, fabric_for
 from dgx_kvm_sw.model.actions import (
@@ -34,8 +35,8 @@ from dgx_kvm_sw.model.actions import (
     WriteSeed,
 )
 from dgx_kvm_sw.model.base import StrEnum
-from dgx_kvm_sw.model.domain import DomainDef
-from dgx_kvm_sw.model.errors import DgxKvmError, HostError
+from dgx_kvm_sw.model.domain import DomainDef, DomainDisk
+from dgx_kvm_sw.model.errors import DgxKvmError, HostError, HypervisorError
 from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.platform import Platform
 from dgx_kvm_sw.model.seed import Seed
@@ -59,13 +60,22 @@ class Stage(StrEnum):
 
 
 @dataclass(frozen=True)
+class Part:
+    """How far an action is that takes long, in bytes."""
+
+    label: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Event:
     """What happens to an action, for progress and the journal."""
 
     stage: Stage
     action: Action
     error: DgxKvmError | None = None
-    progress: str = ""  # of one that is under way, for a person
+    part: Part | None = None  # of one that is under way
 
 
 Report = Callable[[Event], None]
@@ -133,6 +143,10 @@ def execute(
     return run.all(actions)
 
 
+def _is_on_pool(disk: DomainDisk) -> bool:
+    return disk.path.startswith(f"{POOL_PATH}/")
+
+
 def _words(devices: Iterable[PciAddress]) -> str:
     return " ".join(map(str, devices))
 
@@ -150,7 +164,7 @@ class _Run:
     failures: list[tuple[Action, DgxKvmError]] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
     held: dict[PciAddress, str] = field(default_factory=dict)
-    moved: dict[str, str] = field(default_factory=dict)  # by VM: which disk, in a sentence
+    no_disk: dict[str, HostError] = field(default_factory=dict)  # by VM: why it cannot start
     starting: dict[str, PreparePartition] = field(default_factory=dict)  # by VM
 
     def all(self, actions: tuple[Action, ...]) -> Outcome:
@@ -172,9 +186,11 @@ class _Run:
         chains: dict[str, list[Action]] = {}
         for action in actions:
             chains.setdefault(action.vm, []).append(action)
+        if phase in (ShutDownDomain.phase, PreparePartition.phase):
+            self.no_disk = self._without_pool()
         if phase == PreparePartition.phase:
             self.held = self._running_devices()
-            self.moved = self._moved_disks()
+            self.no_disk = self.no_disk or self._moved_disks()
         if phase in (ShutDownDomain.phase, StartDomain.phase) and len(chains) > 1:
             with ThreadPoolExecutor(min(_PARALLEL, len(chains))) as pool:
                 list(pool.map(self._chain, chains.values()))
@@ -183,7 +199,7 @@ class _Run:
 
     def _chain(self, actions: Iterable[Action]) -> None:
         for action in actions:
-            if action.vm in self.failed:
+            if self.failed & {action.vm, *getattr(action, "users", ())}:
                 self._tell(Event(Stage.SKIPPED, action))
                 continue
             self._tell(Event(Stage.BEGIN, action))
@@ -202,6 +218,7 @@ class _Run:
             case ShutDownDomain():
                 if start := self.starting.get(action.vm):
                     # What could not be started again is not stopped.
+                    self._check_disks(action.vm, "runs on")
                     self.fabric.verify(start.partition, start.devices)
                 self._shut_down(action)
             case ReleasePartition():
@@ -218,7 +235,8 @@ class _Run:
             case CreateVolume():
                 self._adopt(action)
                 self.hypervisor.ensure_pool(POOL_PATH)
-                self.hypervisor.create_volume(action.volume)
+                name = action.volume.name
+                self.hypervisor.create_volume(action.volume, self._progress(action, name))
             case GrowVolume():
                 self.hypervisor.grow_volume(action.volume)
             case EnsureNetwork():
@@ -249,13 +267,12 @@ class _Run:
                 "repeat this command: it takes the images that are there now",
             )
 
-        reading = f"reading image {image.label}"
+        bases.adopt(self.site.root, image, self._progress(action, f"reading {image.label}"))
 
-        def tell(done: int, total: int) -> None:
-            part = f"{reading}: {100 * done // total} %"
-            self.report(Event(Stage.UNDER_WAY, action, progress=part))
-
-        bases.adopt(self.site.root, image, tell)
+    def _progress(self, action: Action, label: str) -> Progress:
+        return lambda done, total: self.report(
+            Event(Stage.UNDER_WAY, action, part=Part(label, done, total))
+        )
 
     def _remove_unneeded_bases(self) -> None:
         """Remove the bases that only deleted disks lay on; where that fails they just stay."""
@@ -318,9 +335,7 @@ class _Run:
         """Make the partition ready and leave the mark without which the qemu hook, and we
         ourselves, start no VM. Nothing of it may touch a device that a running domain holds.
         """
-        if moved := self.moved.get(action.vm):
-            hint = "run `dgx-kvm apply`: it takes the disk as it is"
-            raise HostError(f"{action.vm} is not started: {moved}", hint)
+        self._check_disks(action.vm, "is not started")
         for device in sorted(action.devices):
             holder = self.held.setdefault(device, action.vm)  # atomic: VMs start side by side
             if holder != action.vm:
@@ -335,6 +350,10 @@ class _Run:
         about = {"DGX_KVM_GPUS": _words(gpus), "DGX_KVM_DEVICES": _words(action.devices)}
         self._hooks(action, "vm-start", about)
         self.site.root.write(f"{PREPARED}/{action.uuid}", "", 0o600, sync=False)
+
+    def _check_disks(self, vm: str, otherwise: str) -> None:
+        if reason := self.no_disk.get(vm):
+            raise HostError(f"{vm} {otherwise}: {reason.message}", reason.hint)
 
     def _start(self, action: StartDomain) -> None:
         mark = f"{PREPARED}/{action.uuid}"
@@ -359,23 +378,38 @@ class _Run:
                 held.update({hostdev.source: facts.name for hostdev in facts.hostdevs})
         return held
 
-    def _moved_disks(self) -> dict[str, str]:
+    def _without_pool(self) -> dict[str, HostError]:
+        """VMs that cannot start, as our pool is not to be had: a disk that nobody can look at is
+        not safe.
+        """
+        try:
+            if self.starting:
+                self.hypervisor.ensure_pool(POOL_PATH)
+                self.hypervisor.volumes(fresh=True)
+        except HypervisorError as error:
+            hint = error.hint or f"see that {POOL_PATH} is mounted and whole, then try again"
+            reason = HostError(f"its disks are not to be had: {error.message}", hint)
+            return {vm: reason for vm, disk in self._disks_to_start() if _is_on_pool(disk)}
+        return {}
+
+    def _moved_disks(self) -> dict[str, HostError]:
         """VMs whose definition names another backing file than their disk does: somebody has put
         an older disk back, say. A guest that sees a wrong file below its own data destroys it.
         """
-        if not self.starting:
-            return {}
-        self.hypervisor.ensure_pool(POOL_PATH)  # a disk that cannot be looked at is not safe
-        backings = {v.path: v.backing for v in self.hypervisor.volumes(fresh=True)}
+        backings = {v.path: v.backing for v in self.hypervisor.volumes()}
         found = {}
+        for vm, disk in self._disks_to_start():
+            have = backings.get(disk.path, disk.backing)
+            if disk.backing and have != disk.backing:
+                lies = f"lies over {have or 'nothing'}, its definition says {disk.backing}"
+                hint = "run `dgx-kvm apply`: it takes the disk as it is"
+                found[vm] = HostError(f"disk {disk.path} {lies}", hint)
+        return found
+
+    def _disks_to_start(self) -> Iterator[tuple[str, DomainDisk]]:
         for domain in self.hypervisor.domains():
             if domain.name in self.starting:
-                for disk in domainxml.parse(domain.inactive).disks:
-                    have = backings.get(disk.path, disk.backing)
-                    if disk.backing and have != disk.backing:
-                        lies = f"lies over {have or 'nothing'}, its definition says {disk.backing}"
-                        found[domain.name] = f"disk {disk.path} {lies}"
-        return found
+                yield from ((domain.name, d) for d in domainxml.parse(domain.inactive).disks)
 
     # -- telling ----------------------------------------------------------------------------
 

@@ -189,9 +189,11 @@ class Situation:
         return (*self.stop_actions(name), *self._start_actions(held))
 
     def _start_actions(self, held: DomainStatus) -> tuple[Action, ...]:
-        wanted = (want for want in self.desired if want.facts.name == held.name)
-        write = next((want.seed_actions for want in wanted), ())
-        return (*write, *start_actions(held.facts, self._partition(held.facts)))
+        ready: list[Action] = []  # what waits for the VM to be off
+        for want in self.desired:
+            if want.facts.name == held.name:
+                ready += (*want.grow_actions(self.current), *want.seed_actions)
+        return (*ready, *start_actions(held.facts, self._partition(held.facts)))
 
     def _partition(self, facts: DomainFacts) -> Partition | None:
         return self.platform.with_gpus(gpu_indexes(self.topology, devices_of(facts)))
@@ -257,7 +259,7 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     placements = replace(placements, unplaceable=unplaceable)
     notes = (
         *catalogue.problems,
-        *disks.notes(desired, ours, current, around),
+        *disks.notes(desired, ours, current, around, catalogue),
         *seeds.notes(desired, renewed, current, ours, around),
         *filter(None, (note,)),
     )
@@ -376,13 +378,14 @@ def _desired(
     around: Surroundings,
     needed: Mapping[str, HostNetwork],
 ) -> Desired:
-    facts = desired_domain(vm, placement, inputs.topology, around)
+    volumes = desired_volumes(vm, around)
+    facts = desired_domain(vm, placement, inputs.topology, around, volumes)
     held = current.domain(vm.name)
     if held:  # a host whose machine id has changed keeps the UUIDs its domains were made with
         facts = with_seed_of(replace(facts, uuid=held.facts.uuid), held.facts)
     return Desired(
         facts=facts,
-        volumes=desired_volumes(vm, around),
+        volumes=volumes,
         partition=placement.partition,
         state=vm.state,
         summary=summary(placement, inputs.topology),

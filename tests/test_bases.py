@@ -14,7 +14,7 @@ from hosts import ALL, SimulatedHost
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.cli.progress import Interrupted, Report
-from dgx_kvm_sw.execute import Event, Stage, execute
+from dgx_kvm_sw.execute import Event, Part, Stage, execute
 from dgx_kvm_sw.guest import bases, checksums
 from dgx_kvm_sw.guest.hypervisor import POOL, Hypervisor
 from dgx_kvm_sw.guest.images import BASES, IMPORTED, MANIFESTS, catalogue
@@ -156,7 +156,7 @@ def test_an_interruption_while_an_image_is_read_leaves_nothing(root: Root) -> No
     action = CreateVolume("a", Volume("a.os.qcow2", "/a.os.qcow2", 1024, "qcow2", image.base))
     report = Report((action,), 0)
     report.signal = signal.SIGINT
-    reading = Event(Stage.UNDER_WAY, action, progress="44 %")
+    reading = Event(Stage.UNDER_WAY, action, part=Part("reading", 4, 9))
     with pytest.raises(Interrupted):
         bases.adopt(root, image, lambda done, total: report(reading))
     assert root.names(BASES) == []
@@ -449,8 +449,8 @@ def test_the_reading_of_an_image_is_told(at: SimulatedHost) -> None:
     at.declare("name: a, gpus: 0, image: debian-12")
     events: list[Event] = []
     at.apply(report=events.append)
-    (told,) = [event.progress for event in events if event.stage is Stage.UNDER_WAY]
-    assert told == "reading image debian-12 1.0: 44 %"
+    (told,) = [event.part for event in events if event.stage is Stage.UNDER_WAY]
+    assert told == Part("reading debian-12 1.0", checksums.CHUNK, 9 << 20)
 
 
 def test_an_image_that_cannot_be_in_the_catalogue_is_a_mistake_in_the_file(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from dgx_kvm_sw.access.hooks import HOOKS
 from dgx_kvm_sw.cli.bar import drawn
 from dgx_kvm_sw.cli.output import size
 from dgx_kvm_sw.execute import JOURNAL
+from dgx_kvm_sw.guest import bases
+from dgx_kvm_sw.guest.checksums import REMEMBERED
 from dgx_kvm_sw.guest.images import BASES, IMPORTED, MANIFESTS, Image
 from dgx_kvm_sw.model.errors import ExitCode
 from dgx_kvm_sw.reconcile import POOL_PATH
@@ -53,7 +56,8 @@ def row(done: Result, name: str) -> str:
 def test_no_images_is_said_with_how_to_get_some(bare: Host) -> None:
     done = bare("image list")
     assert "No guest images: `apt search dgx-kvm-image`" in done.out
-    assert bare("image list --json").json == {"version": 1, "images": [], "problems": []}
+    found = bare("image list --json").json
+    assert found == {"version": 1, "images": [], "damaged_bases": [], "problems": []}
 
 
 def test_the_list_says_where_from_and_how_good(bare: Host) -> None:
@@ -189,7 +193,98 @@ def test_verify_reads_a_base_that_is_another_file(bare: Host) -> None:
     bare.root.path(image.base).write_bytes(BYTES[::-1])
     done = bare("image verify")
     assert done.code == ExitCode.FAILED
-    assert f"{image.base} of image debian-12 1.0 is damaged" in done.err
+    assert done.out == "debian-12: base damaged\n"
+    assert f"the base {image.base} is damaged: its sha256 is" in done.err
+    assert row(bare("image list"), "debian-12").endswith("| ok")
+
+
+def test_verify_tells_the_truth_where_nothing_can_be_remembered(bare: Host) -> None:
+    """As when an ordinary user runs it."""
+    image = add(bare.root, "debian-12")
+    bare.root.path(image.path).write_bytes(BYTES[::-1])
+    bare.root.path(REMEMBERED).unlink(missing_ok=True)
+    bare.root.path(REMEMBERED).mkdir(parents=True)
+    done = bare("image verify")
+    assert (done.code, done.out) == (ExitCode.FAILED, "debian-12: hash mismatch\n")
+
+
+def test_verify_reads_the_bases_of_older_images_and_of_none(bare: Host) -> None:
+    """Disks may lie on them, long after the package has another file or has gone."""
+    old = add(bare.root, "debian-12", b"old")
+    bases.adopt(bare.root, old)
+    spoil(bare, old.base)
+    add(bare.root, "debian-12", b"new", version="2")
+    assert bare("image verify debian-12").code == ExitCode.FAILED
+    bare.root.remove(old.manifest)
+    done = bare("image verify")
+    assert (done.code, done.out) == (ExitCode.FAILED, "debian-12: base damaged\n")
+    assert old.base in done.err
+
+
+def spoil(run: Host, path: str) -> None:
+    """Let a drive give back other bytes: the same file, of the same length."""
+    file = run.root.path(path)
+    file.chmod(0o644)
+    file.write_bytes(file.read_bytes()[::-1])
+
+
+def backings(run: Host) -> dict[str, str]:
+    """What the OS disk of each VM lies on."""
+    saved = run.root.names("/libvirt/volumes")
+    disks = [json.loads(run.root.read(f"/libvirt/volumes/{name}")) for name in saved]
+    return {disk["name"].partition(".")[0]: disk["backing"] for disk in disks}
+
+
+def test_a_damaged_base_gets_no_new_disk_until_the_package_is_reinstalled(bare: Host) -> None:
+    image = add(bare.root, "debian-12")
+    bad, good, *_ = image.base_names
+    declare(bare, ("a", "debian-12"))
+    bare("apply")
+    spoil(bare, image.path)  # and the base, which is a link
+    done = bare("image verify")
+    assert done.code == ExitCode.FAILED
+    named = f"the base {bad} is damaged: its sha256 is "
+    assert named in done.err
+    assert "no new disk will lie on it, but those of a do\n  save what their guests" in done.err
+    declare(bare, ("a", "debian-12"), ("b", "debian-12"))
+    done = bare("apply")
+    assert done.last.endswith("1 does not fit: b.")
+    assert f"Note: {named}" in done.out, "it is told before every change"
+    assert "apt install --reinstall dgx-kvm-image-debian-12" in done.out
+    add(bare.root, "debian-12")  # reinstalled
+    assert bare("apply").last == "Done: 1 created, 1 started."
+    assert backings(bare) == {"a": bad, "b": good}
+    assert bare.root.path(bad).read_bytes() == BYTES[::-1], "a lies on it"
+    assert bare.root.path(good).read_bytes() == BYTES
+    done = bare("image list")
+    assert row(done, "debian-12").endswith("| ok, in use by 1 VM")
+    assert f"\n{named}" in done.out
+    (found,) = bare("image list --json").json["damaged_bases"]
+    assert (found["path"], found["vms"]) == (bad, ["a"])
+    assert named in bare("image show debian-12").out
+    declare(bare, ("b", "debian-12"))
+    bare("apply --prune --restart --delete-disks")
+    assert bare("image verify").out == "debian-12: ok\n"
+    assert bare.root.names(BASES) == [Path(good).name]
+
+
+def test_a_damaged_import_is_imported_again_beside_what_disks_lie_on(
+    bare: Host, tmp_path: Path
+) -> None:
+    do_import(bare, tmp_path, "--version", "1.0")
+    declare(bare, ("a", "mine"))
+    bare("apply")
+    bad = backings(bare)["a"]
+    spoil(bare, bad)
+    assert bare("image verify").code == ExitCode.FAILED
+    declare(bare, ("a", "mine"), ("b", "mine"))
+    assert "`dgx-kvm image import` it again, with --name mine" in bare("plan").out
+    assert do_import(bare, tmp_path, "--version", "1.0").code == 0
+    assert bare("apply").last == "Done: 1 created, 1 started."
+    good = backings(bare)["b"]
+    assert good != bad == backings(bare)["a"]
+    assert bare.root.path(bad).read_bytes() == BOOT_SECTOR[::-1]
+    assert bare.root.path(good).read_bytes() == BOOT_SECTOR
 
 
 def test_verify_says_what_is_wrong_without_reading(bare: Host) -> None:
@@ -369,8 +464,22 @@ def test_sizes_are_short(number: int, text: str) -> None:
 
 
 def test_a_bar_fills() -> None:
-    assert drawn("x", 0, 0, "#-") == f"x {'-' * 30}   0 %  0 B of 0 B"
-    assert drawn("x", 1 << 30, 2 << 30, "#-") == f"x {'#' * 15}{'-' * 15}  50 %  1 GiB of 2 GiB"
+    assert drawn("x", 0, 0, "#-", 79) == f"x {'-' * 30}   0 %  0 B of 0 B"
+    half = drawn("x", 1 << 30, 2 << 30, "#-", 79)
+    assert half == f"x {'#' * 15}{'-' * 15}  50 %  1 GiB of 2 GiB"
+    assert drawn("x", 1 << 30, 2 << 30, "#-", 32) == "x ####----  50 %  1 GiB of 2 GiB"
+    assert drawn("x", 1, 2, "#-", 9) == "x   50 % "
+
+
+def test_an_apply_draws_the_bar_too(bare: Host) -> None:
+    add(bare.root, "big", bytes(40 << 20))
+    declare(bare, ("a", "big"))
+    master, slave = os.openpty()
+    done = bare.outside("apply", capture_output=False, stdout=subprocess.DEVNULL, stderr=slave)
+    os.close(slave)
+    assert done.returncode == 0
+    text = os.read(master, 65536).decode()
+    assert re.search(r"1/\d reading big 1.0 \S+ +\d+ %  \d+ MiB of 40 MiB", text)
 
 
 def test_a_bar_is_drawn_for_a_person_only(bare: Host, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
+import libvirt
 import pytest
 from hosts import ALL, SimulatedHost
 from machines import bind, own
@@ -29,7 +30,7 @@ from dgx_kvm_sw.execute import (
     execute,
     locked_site,
 )
-from dgx_kvm_sw.guest.hypervisor import Hypervisor
+from dgx_kvm_sw.guest.hypervisor import POOL, Hypervisor
 from dgx_kvm_sw.guest.simulated import SimulatedHypervisor
 from dgx_kvm_sw.host.fabric import VfioFabric
 from dgx_kvm_sw.model.actions import Action, PreparePartition, StartDomain
@@ -37,7 +38,7 @@ from dgx_kvm_sw.model.domain import CurrentState
 from dgx_kvm_sw.model.errors import BusyError, HostError
 from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.platform import Partition
-from dgx_kvm_sw.reconcile import LOCK
+from dgx_kvm_sw.reconcile import LOCK, POOL_PATH
 
 Host = Callable[..., SimulatedHost]
 
@@ -459,6 +460,56 @@ def test_the_journal_says_what_failed_and_why(h100: SimulatedHost) -> None:
     assert failed["event"] == "failed" and "already running" in str(failed["error"])
     assert skipped["event"] == "skipped"
     assert (end["done"], end["failed"]) == (1, 1)
+
+
+@pytest.fixture
+def poolless(h100: SimulatedHost, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hypervisor]:
+    """Connected to a host whose pool is off and cannot start, as when it is not mounted; VM a has
+    its disk there, b elsewhere.
+    """
+    h100.declare("name: a, gpus: 1", "name: b, gpus: 1")
+    h100.settle()
+    with h100.hypervisor() as hypervisor:
+        elsewhere = hypervisor.domain("b").inactive.replace(POOL_PATH, "/srv/disks")
+        hypervisor.define("b", elsewhere)
+    h100.plan()
+
+    def refuse(pool: libvirt.virStoragePool, flags: int = 0) -> None:
+        raise libvirt.libvirtError("cannot open directory")
+
+    with h100.hypervisor() as hypervisor:
+        hypervisor._connection.storagePoolLookupByName(POOL).destroy()
+        monkeypatch.setattr(libvirt.virStoragePool, "create", refuse)
+        yield hypervisor
+
+
+NO_POOL = (
+    "its disks are not to be had: libvirt could not make the storage pool dgx-kvm at"
+    f" {POOL_PATH}: cannot open directory"
+)
+
+
+def test_without_the_pool_only_vms_with_disks_on_it_stay_off(
+    h100: SimulatedHost, poolless: Hypervisor
+) -> None:
+    for vm in "ab":
+        poolless.shut_down(vm, poolless.domain(vm).uuid, 1, force=True)
+    restarts = [each for vm in "ab" for each in h100.situation.restart_actions(vm)]
+    starts = tuple(each for each in restarts if each.phase >= PreparePartition.phase)
+    outcome = execute(h100.site, poolless, h100.situation.platform, starts, {}, {})
+    ((action, error),) = outcome.failures
+    assert (action.vm, error.message) == ("a", f"a is not started: {NO_POOL}")
+    assert "is mounted and whole" in error.hint
+    assert [each.name for each in poolless.domains() if each.live] == ["b"]
+
+
+def test_without_the_pool_no_vm_is_stopped_to_be_started_again(
+    h100: SimulatedHost, poolless: Hypervisor
+) -> None:
+    actions = sorted(h100.situation.restart_actions("a"), key=lambda action: action.phase)
+    outcome = execute(h100.site, poolless, h100.situation.platform, tuple(actions), {}, {})
+    assert [error.message for _, error in outcome.failures] == [f"a runs on: {NO_POOL}"]
+    assert poolless.domain("a").live
 
 
 def test_many_threads_write_whole_lines(h100: SimulatedHost) -> None:

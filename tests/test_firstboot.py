@@ -252,7 +252,7 @@ def test_where_a_disk_may_be_mounted(host: Host, path: str) -> None:
 def test_a_place_is_mounted_once(host: Host) -> None:
     disks = ", ".join(f"{{name: {name}, size: 1GiB, mount: /data}}" for name in "ab")
     problem = host.vm_problem(f"gpus: 0, disks: [{disks}]")
-    assert problem.message == "another disk of this VM is mounted at /data"
+    assert problem.message == "another disk of this VM is mounted at '/data'"
 
 
 @pytest.mark.parametrize("user", ["root", "Ann", "1st", "a b"])

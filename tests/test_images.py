@@ -166,6 +166,28 @@ def test_a_known_mismatch_is_remembered_until_the_file_changes(root: Root) -> No
     assert catalogue(root).faults == {}
 
 
+def test_a_damaged_base_leaves_its_name_to_the_disks_on_it(root: Root) -> None:
+    """The last digits of a checksum are no name: there would be fewer than twelve."""
+    image = add(root, "debian-12")
+    assert len(image.base_names) == 5
+    for number, base in enumerate(image.base_names):
+        assert catalogue(root).images["debian-12"].base == base
+        root.write(base, "x" * len(BYTES))
+        checksums.remember(root, base, root.path(base).stat(), checksums.sha256_of(root.path(base)))
+        assert len(catalogue(root).damaged) == number + 1
+    assert catalogue(root).faults["debian-12"].state == "bases damaged"
+    root.write(base, BYTES.decode())
+    assert catalogue(root).faults == {}
+    checksums.remember(root, base, root.path(base).stat(), image.sha256)
+    assert catalogue(root).images["debian-12"].base == base
+
+
+def test_a_base_of_another_length_is_damaged(root: Root) -> None:
+    image = add(root, "debian-12")
+    root.write(image.base, "x")
+    assert catalogue(root).damaged == {image.base: f"it has 1 bytes instead of {len(BYTES)}"}
+
+
 # -- what a VM may be made of -------------------------------------------------------------------
 
 

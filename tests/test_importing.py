@@ -176,6 +176,26 @@ def test_only_a_higher_version_replaces_one_of_the_name(
     assert root.path(first.base).exists(), "disks may lie on it"
 
 
+def test_a_lost_import_is_back_where_its_disks_look_for_it(root: Root, tmp_path: Path) -> None:
+    file = raw(tmp_path / "x.raw")
+    first = import_image(root, wanted(file, version="1"))
+    root.path(first.base).unlink()
+    assert "`dgx-kvm image import` it again" in catalogue(root).faults["mine"].remedy
+    assert import_image(root, wanted(file, version="1")).base == first.base
+    assert catalogue(root).faults == {}
+
+
+def test_the_same_content_in_a_higher_version_replaces_no_file(root: Root, tmp_path: Path) -> None:
+    file = raw(tmp_path / "x.raw")
+    first = import_image(root, wanted(file, version="1"))
+    before = root.path(first.base).stat()
+    second = import_image(root, wanted(file, version="2"))
+    assert second.base != first.base
+    assert root.path(first.base).stat() == before, "disks may lie on it"
+    remove_import(root, "mine")
+    assert bases.remove_unneeded(root, {first.base}) == ()
+
+
 def test_a_package_of_the_name_counts_too(root: Root, tmp_path: Path) -> None:
     add(root, "mine", version="3")
     with pytest.raises(UsageError, match="there is an image mine 3 already"):

@@ -11,6 +11,8 @@ from hosts import ALL, SimulatedHost
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.decide import networks
 from dgx_kvm_sw.decide.networks import HostNetworking, on_host
+from dgx_kvm_sw.decide.plan import Intent
+from dgx_kvm_sw.execute import Power
 from dgx_kvm_sw.guest import domainxml, networkxml
 from dgx_kvm_sw.guest.domainxml import LibvirtFeatures
 from dgx_kvm_sw.guest.templates import Templates
@@ -60,12 +62,41 @@ def test_networks_are_made_for_their_vms_and_removed_with_the_last(at: Simulated
     assert at.state().networks == ()
 
 
+def names(at: SimulatedHost) -> list[str]:
+    return [network.name for network in at.state().networks]
+
+
+@pytest.mark.parametrize("state", ["stopped", "running"])
+def test_a_network_goes_in_the_apply_in_which_its_last_vm_leaves_it(
+    at: SimulatedHost, state: str
+) -> None:
+    vm = f"name: a, gpus: 0, state: {state}, networks: [{{nat: true}}]"
+    at.declare(f"{vm}, tenant: hr", head=TENANTS)
+    at.settle()
+    at.declare(f"{vm}, tenant: it", head=TENANTS)
+    at.settle(Intent(restart=True))
+    assert names(at) == ["dgx-kvm-nat.it"]
+    assert not at.plan().pending
+
+
 def test_a_running_vm_keeps_the_network_it_is_to_leave(at: SimulatedHost) -> None:
     at.declare("name: a, gpus: 0, networks: [{nat: true}]")
     at.settle()
     at.declare("name: a, gpus: 0")
     at.settle()
-    assert [network.name for network in at.state().networks] == ["dgx-kvm-nat"]
+    assert names(at) == ["dgx-kvm-nat"]
+    at.by_hand("a", lambda domain: domain.destroy())
+    at.settle()  # it is off and defined without the network
+    assert names(at) == []
+
+
+def test_a_network_stays_without_a_word_when_its_vm_could_not_leave_it(at: SimulatedHost) -> None:
+    at.declare("name: a, gpus: 0, networks: [{nat: true}]")
+    at.settle()
+    at.declare("name: a, gpus: 0")
+    outcome = at.apply(Intent(restart=True), power=Power(timeout=0))
+    assert [action.describe() for action, _ in outcome.failures] == ["shut down a"]
+    assert names(at) == ["dgx-kvm-nat"]
 
 
 def test_a_subnet_touches_no_route_and_no_network() -> None:

@@ -36,6 +36,28 @@ def test_a_program_gets_no_terminal_and_the_systems_folders(
     assert done.out == "/usr/bin:/bin:/usr/sbin:/sbin C.UTF-8 x\n"
 
 
+def test_what_a_program_says_can_be_watched() -> None:
+    said: list[str] = []
+    done = run(["sh", "-c", "echo a; sleep 0.7; echo b"], timeout=10, watch=said.append)
+    assert done.out == "a\nb\n"
+    assert "a\n" in said
+
+
+def test_a_program_is_ended_where_watching_it_fails() -> None:
+    def stop(said: str) -> None:
+        raise KeyboardInterrupt
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(["sleep", "60"], timeout=90, watch=stop)
+    assert time.monotonic() - begun < 30
+
+
+def test_a_watched_program_has_its_time_too() -> None:
+    with pytest.raises(HostError, match="sleep was ended: it took more than 0.5 s"):
+        run(["sleep", "60"], timeout=0.5, watch=lambda said: None)
+
+
 def test_errors_may_be_shown_while_the_program_runs(capfd: pytest.CaptureFixture[str]) -> None:
     done = run(["sh", "-c", "echo out; echo progress >&2"], timeout=10, show_errors=True)
     assert (done.out, done.err) == ("out\n", "")

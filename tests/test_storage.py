@@ -110,6 +110,30 @@ def test_a_copy_says_what_it_needs_and_replaces_nothing(tmp_path: Path) -> None:
     assert path.read_text() == "somebody's data"
 
 
+@pytest.mark.commands
+def test_the_progress_of_a_copy_is_told_in_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By qemu-img, slowed down at the end of what it says."""
+    image = tmp_path / "image.raw"
+    image.write_bytes(os.urandom(1 << 20) * 8)
+    program = tmp_path / "bin/qemu-img"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/sh\n{shutil.which("qemu-img")} "$@" || exit\n'
+        'case "$1" in convert) sleep 0.7;; esac\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    path = tmp_path / "a.os.qcow2"
+    volume = Volume(path.name, str(path), 16, "qcow2", source=str(image), source_format="raw")
+    told: list[tuple[int, int]] = []
+    copies.make(volume, lambda done, total: told.append((done, total)))
+    total = copies.needed_mib(volume) << 20
+    assert told[-1] == (total, total)
+    assert 8 << 20 <= total <= 10 << 20
+
+
 # -- LVM ------------------------------------------------------------------------------------------
 # The real tools on a loop device, their metadata only: `activation = 0`, as a machine without a
 # device mapper has no other. What would write to the device is a stand-in that tells of its call.
@@ -160,13 +184,29 @@ def test_a_logical_volume_is_made_zeroed_and_removed(group: str, tmp_path: Path)
     volume = logical(group)
     lvm.create(volume)
     wiped = (tmp_path / "wiped").read_text()
-    assert wiped == f"--force --zeroout {volume.path}.part\n"  # before it has its name
+    assert wiped == f"--force --zeroout --offset 0 {volume.path}.part\n"  # before it has its name
     groups, volumes = lvm.read()
     assert [(v.path, v.capacity_mib) for v in volumes] == [(volume.path, 12)]  # whole extents
     assert [(g.name, g.extent_mib, g.free_mib, g.foreign) for g in groups] == [(group, 4, 84, ())]
     lvm.create(volume)  # done already
     lvm.remove(volume.path)
     assert lvm.read()[1] == ()
+
+
+@pytest.mark.commands
+def test_a_logical_volume_is_zeroed_piece_by_piece_to_its_end(
+    group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lvm, "_PIECE_BYTES", 4 << 20)
+    told: list[tuple[int, int]] = []
+    volume = logical(group)
+    lvm.create(volume, lambda done, total: told.append((done >> 20, total >> 20)))
+    assert told == [(0, 10), (4, 10), (8, 10)]
+    assert (tmp_path / "wiped").read_text().splitlines() == [
+        f"--force --zeroout --offset {0} --length {4 << 20} {volume.path}.part",
+        f"--force --zeroout --offset {4 << 20} --length {4 << 20} {volume.path}.part",
+        f"--force --zeroout --offset {8 << 20} {volume.path}.part",  # LVM has made it 12 MiB
+    ]
 
 
 @pytest.mark.commands

@@ -14,6 +14,7 @@ from commandline import DGX_KVM, EIGHT, Host
 from hosts import FOREIGN_XML
 
 from dgx_kvm_sw.cli import main, verbs
+from dgx_kvm_sw.guest.images import MANIFESTS
 from dgx_kvm_sw.guest.simulated import SimulatedHypervisor
 from dgx_kvm_sw.host.health import QUARANTINE
 from dgx_kvm_sw.model.errors import ExitCode
@@ -271,6 +272,18 @@ def test_what_is_no_plan_is_not_applied(text: str, eight: Host, tmp_path: Path) 
 # -- one VM -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("verbs", [("restart",), ("stop", "start")])
+def test_a_disk_that_waited_for_a_restart_grows_with_it(run: Host, verbs: tuple[str, ...]) -> None:
+    """The watcher starts a VM whose guest has rebooted as `start` does."""
+    run.declare("version: 1\nvms: [{name: a, gpus: 0}]\n")
+    run("apply")
+    run.declare("version: 1\nvms: [{name: a, gpus: 0, os_disk: 99GiB}]\n")
+    assert "at next restart" in run("plan").out
+    for verb in verbs:
+        assert run(f"{verb} a").code == 0
+    assert run("plan").code == 0, "it is as large as the file says"
+
+
 def test_start_stop_restart(eight: Host) -> None:
     eight("apply")
     assert eight("start vm-0").out == "vm-0 is running already\n"
@@ -425,8 +438,7 @@ def test_a_network_that_goes_is_told(run: Host) -> None:
     vm = "version: 1\nvms: [{name: a, state: stopped, gpus: 0, %s}]\n"
     for networks, last in (
         ("networks: [{nat: true}]", "Done: 1 created."),
-        ("", "Done: 1 changed."),
-        ("", "Done: 1 network removed."),
+        ("", "Done: 1 changed, 1 network removed."),
     ):
         run.declare(vm % networks)
         assert run("apply").last == last
@@ -475,13 +487,15 @@ def _state(host: Host) -> set[str]:
         ("--gpus 1 --memory lots", ExitCode.USAGE, "--memory: 'lots' is not a size"),
         ("--gpus 1 --memory 20", ExitCode.USAGE, "did you mean `20GiB`?"),
         ("--gpus 1 --tenant nobody", ExitCode.USAGE, "--tenant: there is no tenant 'nobody'"),
-        ("--gpus 1 --image debian-21", ExitCode.FAILED, "did you mean `debian-12`?"),
+        ("--gpus 1 --image debian-21", ExitCode.USAGE, "did you mean `debian-12`?"),
         ("--gpus 1 --disk os=1GiB", ExitCode.USAGE, "--disk"),
         ("--gpus 1 --network wire=x", ExitCode.USAGE, "--network"),
         ("--gpus 2 --pin 8", ExitCode.USAGE, "--pin"),
         ("--gpus 1 --pin [8", ExitCode.USAGE, "--pin"),
         ('--gpus 1 --image "},x:{', ExitCode.USAGE, "--image"),
-        ("--gpus 1 --image 12", ExitCode.FAILED, "there is no image '12'"),
+        ("--gpus 1 --image 12", ExitCode.USAGE, "--image: there is no image '12'"),
+        ("--gpus 1 --image zzz", ExitCode.USAGE, "known images: broken, debian-12"),
+        ("--gpus 1 --image broken", ExitCode.FAILED, "'name' is missing"),
         ("--gpus 1 --tenant 12", ExitCode.USAGE, "--tenant: there is no tenant '12'"),
         ("--gpus 1 --vcpus many", ExitCode.USAGE, "--vcpus: 'many' is not"),
     ],
@@ -491,6 +505,7 @@ def test_a_create_that_is_refused_leaves_nothing(
 ) -> None:
     eight.declare(EIGHT.replace("gpus: 2", "gpus: 1"))
     eight("apply")
+    eight.root.write(f"{MANIFESTS}/broken.json", '{"manifest": 1}')
     before = _state(eight)
     result = eight(f"create lab {options}")
     assert result.code == code

@@ -57,6 +57,38 @@ def test_a_key_without_value_is_marked_at_the_key(host: Host) -> None:
     assert (problem.message, marked(problem)) == ("has no value", "image")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ssh_keys:\n-----BEGIN PRIVATE KEY-----\nSECRET\n-----END PRIVATE KEY-----\n",
+        "key: |\n  -----BEGIN RSA PRIVATE KEY-----\nSECRET\n",
+        "password SECRET\n",
+        "- {name: a, hashed_passwd: SECRET\n",
+        "chpasswd:\n  list: |\n\tSECRET\n",
+        "- api-token:\n    x: y: SECRET\n",
+        "'private key' : SECRET: x\n",
+        "defaults: {client_secret: SECRET}\n",
+    ],
+)
+def test_a_line_that_may_hold_a_secret_is_not_repeated(host: Host, text: str) -> None:
+    said = "\n".join(map(str, host.problems(f"version: 1\n{text}")))
+    assert "SECRET" not in said
+    assert said.endswith("\n    (line not shown, it may hold a secret)")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "vms:\n- name: secret-lab\n  gpus: x: y",
+        "vms:\n- {name: secret, gpus: x: y}",
+        "vms:\n- password: x\n  gpus: x: y",
+        "# -----BEGIN x-----\n# -----END x-----\nx: y: z",
+    ],
+)
+def test_other_lines_are(host: Host, text: str) -> None:
+    assert host.problem(f"version: 1\n{text}\n").snippet == text.rpartition("\n")[2]
+
+
 def test_a_very_long_line_is_not_repeated(host: Host) -> None:
     assert host.problem("version: 1\nvmz: " + "x" * 300).snippet == ""
 

@@ -152,14 +152,15 @@ def write_atomically(
                 os.fsync(stream.fileno())
         os.replace(temporary, path)
         if sync:
-            _sync_directory(path.parent)
+            sync_path(path.parent)
     except OSError as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         raise explained(error, "write", path) from error
 
 
-def _sync_directory(path: Path) -> None:
+def sync_path(path: str | Path) -> None:
+    """Have what a file holds, or which names a folder has, outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

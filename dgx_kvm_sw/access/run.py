@@ -7,7 +7,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # importing it costs milliseconds that most verbs need not pa
 
 _FOLDERS = ("/usr/sbin", "/usr/bin", "/sbin", "/bin")  # the PATH of `su` and of cron lacks some
 _GRACE_SECONDS = 5.0
+_WATCH_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ def run(
     timeout: float,
     env: Mapping[str, str] | None = None,
     show_errors: bool = False,
+    watch: Callable[[str], object] | None = None,
 ) -> Completed:
     """Run a program to its end; raises HostError when it is missing or takes too long.
 
     `env` is added to the environment. With `show_errors` what it writes to stderr goes to ours
-    while it runs, and `err` stays empty.
+    while it runs, and `err` stays empty. `watch` gets what it has written so far, a few times a
+    second; where that raises, the program is ended.
     """
     import subprocess
 
@@ -64,7 +68,7 @@ def run(
         ) from error
     with process:
         try:
-            out, err = process.communicate(timeout=timeout)
+            out, err = _communicate(process, timeout, watch)
         except subprocess.TimeoutExpired:
             _end(process)
             raise HostError(
@@ -75,6 +79,21 @@ def run(
             _end(process)
             raise
     return Completed(process.returncode, out, err or "")
+
+
+def _communicate(
+    process: Popen[str], timeout: float, watch: Callable[[str], object] | None
+) -> tuple[str, str]:
+    import subprocess
+
+    end = time.monotonic() + timeout
+    while watch and (left := end - time.monotonic()) > _WATCH_SECONDS:
+        try:
+            return process.communicate(timeout=min(left, _WATCH_SECONDS))
+        except subprocess.TimeoutExpired as unfinished:  # which loses nothing of what was said
+            said = unfinished.output or b""
+            watch(said if isinstance(said, str) else said.decode(errors="replace"))
+    return process.communicate(timeout=max(0.0, end - time.monotonic()))
 
 
 def search_path() -> str:

@@ -19,6 +19,8 @@ from dgx_kvm_sw.decide.domain import detached_disks, own_disks
 from dgx_kvm_sw.decide.networks import needed, unused
 from dgx_kvm_sw.decide.plan import Intent
 from dgx_kvm_sw.execute import Power
+from dgx_kvm_sw.guest import images
+from dgx_kvm_sw.guest.problems import unknown
 from dgx_kvm_sw.model.actions import RemoveNetwork, UndefineDomain, Verb
 from dgx_kvm_sw.model.domain import DomainStatus
 from dgx_kvm_sw.model.errors import BadFileError, DgxKvmError, UsageError
@@ -31,6 +33,7 @@ _OPTIONS = {"name": "NAME", "disks": "--disk", "networks": "--network"}
 
 def create(args: Namespace) -> int:
     site = site_of(args)
+    _check_image(site, args.image)
     with hold(site, args, Intent()) as session:
         _check_is_new(session.situation, args.name)
         file = _file_of(site, args.name)
@@ -38,6 +41,14 @@ def create(args: Namespace) -> int:
             made = Session(site, session.hypervisor, _gathered_with(session, file))
             _check_fits(made.situation, args.name)
         return _make(made, args, file)
+
+
+def _check_image(site: Site, name: str | None) -> None:
+    """Raise for a name that no image has; one that cannot be used is no mistake of the user's."""
+    known = images.catalogue(site.root).names
+    if name is not None and name not in known:
+        message, hint = unknown("image", name, known)
+        raise UsageError(f"--image: {message}", hint)
 
 
 def _file_of(site: Site, name: str) -> str:
@@ -217,7 +228,7 @@ def _removals(situation: Situation, name: str) -> Iterator[RemoveNetwork]:
     domains = tuple(domain for domain in current.domains if domain.name != name)
     names = needed(others, current.networks, ())
     for network in unused(replace(current, domains=domains), names):
-        yield RemoveNetwork(f"network {network.name}", network)
+        yield RemoveNetwork.of(network, current)
 
 
 def _take_down(session: Session, held: DomainStatus, args: Namespace) -> Report:

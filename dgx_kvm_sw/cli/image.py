@@ -24,6 +24,7 @@ from dgx_kvm_sw.model.domain import Volume
 from dgx_kvm_sw.model.errors import BadFileError, DgxKvmError, ExitCode, UsageError
 from dgx_kvm_sw.reconcile import Site, disks_now, read_current
 
+_FOUND_BY_READING = ("hash mismatch", "bases damaged")
 _HEAD = ("NAME", "VERSION", "SIZE", "DRIVER", "FROM", "STATE")
 
 
@@ -71,8 +72,8 @@ class _Row:
         }
 
 
-def _rows(site: Site, found: Catalogue) -> list[_Row]:
-    users, memory = _users(site), checksums.remembered(site.root)
+def _rows(site: Site, found: Catalogue, users: Mapping[str, set[str]]) -> list[_Row]:
+    memory = checksums.remembered(site.root)
     rows = []
     for name in sorted(found.names):
         each, fault = found.images.get(name), found.faults.get(name)
@@ -113,14 +114,22 @@ def _users(site: Site) -> Mapping[str, set[str]]:
 
 
 def _list(site: Site, args: Namespace) -> ExitCode:
-    found = images.catalogue(site.root)
-    rows = _rows(site, found)
+    found, users = images.catalogue(site.root), _users(site)
+    rows = _rows(site, found, users)
     if args.json:
-        say_json({"images": [row.json() for row in rows], "problems": list(found.problems)})
-    elif not rows:
+        damaged = [
+            {"path": base, "problem": text, "vms": sorted(users.get(base, ()))}
+            for base, text, _ in bases.damages(found, users)
+        ]
+        listing = [row.json() for row in rows]
+        say_json({"images": listing, "damaged_bases": damaged, "problems": list(found.problems)})
+    elif not (rows or found.damaged):
         say("No guest images: `apt search dgx-kvm-image` or `dgx-kvm image import`")
     elif not args.quiet:
-        say("\n".join((*_table(rows), *_faults(rows))))
+        wrong = [(f"{row.name} is not used: {row.fault.reason}", row.fault.remedy)
+                 for row in rows if row.fault]  # fmt: skip
+        wrong += [(text, remedy) for _, text, remedy in bases.damages(found, users)]
+        say("\n".join((*_table(rows), *_steps(wrong))))
     return ExitCode.OK
 
 
@@ -141,21 +150,23 @@ def _cells(row: _Row) -> tuple[str, ...]:
     return (row.name, each.version, size(each.size_bytes), driver, origin, f"{row.state}{used}")
 
 
-def _faults(rows: list[_Row]) -> Iterator[str]:
+def _steps(wrong: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """What is wrong, each with the next step."""
     arrow = "→" if view_of(sys.stdout).unicode else "->"
-    for row in rows:
-        if row.fault:
-            yield f"\n{row.name} is not used: {row.fault.reason}\n  {arrow} {row.fault.remedy}"
+    for text, remedy in wrong:
+        yield f"\n{text}\n  {arrow} {remedy}" if remedy else f"\n{text}"
 
 
 def _show(site: Site, args: Namespace) -> ExitCode:
-    found = images.catalogue(site.root)
+    found, users = images.catalogue(site.root), _users(site)
     _check_known(found, args.name)
-    rows = [row for row in _rows(site, found) if row.name == args.name]
+    rows = [row for row in _rows(site, found, users) if row.name == args.name]
     if args.json:
         say_json({"images": [row.json() for row in rows]})
         return ExitCode.OK
-    say("\n\n".join("\n".join(_description(row)) for row in rows), quiet=args.quiet)
+    wrong = [(text, remedy) for _, text, remedy in bases.damages(_of(found, args.name), users)]
+    texts = ("\n\n".join("\n".join(_description(row)) for row in rows), *_steps(wrong))
+    say("\n".join(texts), quiet=args.quiet)
     return ExitCode.OK
 
 
@@ -188,6 +199,12 @@ def _description(row: _Row) -> Iterator[str]:
             yield f"{key + ':':<13}{value}"
 
 
+def _of(found: Catalogue, name: str) -> Catalogue:
+    """The catalogue with the damaged bases of one image only."""
+    damaged = {base: damage for base, damage in found.damaged.items() if _is_of(base, name)}
+    return replace(found, damaged=damaged)
+
+
 def _check_known(found: Catalogue, name: str) -> None:
     if name not in found.names:
         close = difflib.get_close_matches(name, found.names, 1)
@@ -202,39 +219,53 @@ def _verify(site: Site, args: Namespace) -> ExitCode:
     found = images.catalogue(site.root)
     for name in args.names:
         _check_known(found, name)
-    names = list(dict.fromkeys(args.names)) or sorted(found.names)
-    bad = False
+    there = images.base_files(site.root)
+    owners = {images.base_owner(base) for base in there}
+    names = list(dict.fromkeys(args.names)) or sorted({*found.names, *owners})
+    good = True
     for name in names:
+        paths = [base for base in there if _is_of(base, name)]
         fault = found.faults.get(name)
-        # One that was damaged when it was last read is read again.
-        if name in found.images and (not fault or fault.state == "hash mismatch"):
-            fault = _read(site, found.images[name], quiet=args.quiet)
-        say(f"{name}: {fault.state if fault else 'ok'}", quiet=args.quiet and not fault)
-        if fault:
-            bad = True
-            complain(fault.reason, fault.remedy)
+        # What was damaged when it was last read is read again.
+        if name in found.images and (not fault or fault.state in _FOUND_BY_READING):
+            paths.insert(0, found.images[name].path)
+        read = _read(site, paths, name, quiet=args.quiet)
+        good = _is_good(site, name, read, quiet=args.quiet) and good
     if not names:
         say("There are no images.", quiet=args.quiet)
-    return ExitCode.FAILED if bad else ExitCode.OK
+    return ExitCode.OK if good else ExitCode.FAILED
 
 
-def _read(site: Site, each: Image, *, quiet: bool) -> Fault | None:
-    """Read the file of an image, and its base where that is another file."""
-    paths = [each.path]
-    base, source = site.root.path(each.base), site.root.path(each.path)
-    try:
-        if base.exists() and not base.samefile(source):
-            paths.append(each.base)
-        for path in paths:
-            before = site.root.path(path).stat()
-            with bar(each.name, quiet=quiet) as progress:
-                checksum = checksums.sha256_of(site.root.path(path), progress)
-            checksums.remember(site.root, path, before, checksum)
-            if fault := images.mismatch(site.root, replace(each, path=path), checksum):
-                return fault
-    except OSError as error:
-        raise explained(error, "read", source) from error
-    return None
+def _is_good(site: Site, name: str, read: checksums.Remembered, *, quiet: bool) -> bool:
+    """Say what is known by now of an image and of all that disks may lie on."""
+    found = _of(images.catalogue(site.root, read), name)
+    fault = found.faults.get(name)
+    state = fault.state if fault else "base damaged" if found.damaged else "ok"
+    say(f"{name}: {state}", quiet=quiet and state == "ok")
+    if fault:
+        complain(fault.reason, fault.remedy)
+    for _, text, remedy in bases.damages(found, _users(site) if found.damaged else {}):
+        complain(text, remedy)
+    return state == "ok"
+
+
+def _read(site: Site, paths: Iterable[str], label: str, *, quiet: bool) -> checksums.Remembered:
+    """Read files and remember their checksums; one file by several names is read once."""
+    by_inode: dict[tuple[int, int], str] = {}
+    read = {}
+    for path in paths:
+        file = site.root.path(path)
+        try:
+            found = file.stat()
+        except OSError as error:
+            raise explained(error, "read", file) from error
+        inode = (found.st_dev, found.st_ino)
+        if inode not in by_inode:
+            with bar(label, quiet=quiet) as progress:
+                by_inode[inode] = checksums.sha256_of(file, progress)
+        read[path] = (checksums.State.of(found), by_inode[inode])
+        checksums.remember(site.root, path, found, by_inode[inode])
+    return read
 
 
 # -- adding and removing ------------------------------------------------------------------------

@@ -14,8 +14,8 @@ READING = ("list", "show")  # those that have --json
 _LIST = "List the guest images, and which of them cannot be used."
 _SHOW = "Show all that is known of an image, and which VMs lie on it."
 _VERIFY = (
-    "Read the files of images and compare them with their manifests; exit with 1 when\n"
-    "one is not as it has to be."
+    "Read the files of images, and what disks lie on, and compare them with their checksums;\n"
+    "exit with 1 when one is not as it has to be."
 )
 _IMPORT = (
     "Make an image of a file: qcow2 or raw, such as the cloud images of distributions. It is\n"

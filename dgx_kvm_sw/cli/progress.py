@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 
+from dgx_kvm_sw.cli.bar import cells_of, drawn
 from dgx_kvm_sw.cli.output import complain, counted, is_terminal, listed, view_of
 from dgx_kvm_sw.cli.session import Session
-from dgx_kvm_sw.execute import Event, Power, Stage, execute
+from dgx_kvm_sw.execute import Event, Part, Power, Stage, execute
 from dgx_kvm_sw.model.actions import (
     Action,
     CreateVolume,
@@ -41,6 +42,7 @@ class Report:
 
     actions: tuple[Action, ...]
     width: int  # of the line of progress; 0 = nobody watches
+    cells: str = "#-"  # what a bar is drawn of
     done: list[Action] = field(default_factory=list)
     failures: list[tuple[Action, DgxKvmError]] = field(default_factory=list)
     skipped: list[Action] = field(default_factory=list)
@@ -52,11 +54,11 @@ class Report:
             if event.stage is Stage.BEGIN:
                 if self.signal:
                     raise Interrupted
-                self._show(self._position(event.action))
-            elif event.stage is Stage.UNDER_WAY:
-                if self.signal:  # nothing is lost: what is read now is read again
+                self._show(self._position(event.action.describe()))
+            elif event.part:
+                if self.signal:  # nothing is lost: what is read or copied now is so again
                     raise Interrupted
-                self._show(f"{self._position(event.action)}: {event.progress}")
+                self._show(self._bar(event.part))
             elif event.stage is Stage.DONE:
                 self.done.append(event.action)
             elif event.stage is Stage.SKIPPED:
@@ -67,8 +69,11 @@ class Report:
                 complain(f"could not {event.action.describe()}: {event.error.message}",
                          event.error.hint)  # fmt: skip
 
-    def _position(self, action: Action) -> str:
-        return f"{len(self.done) + 1}/{len(self.actions)} {action.describe()}"
+    def _position(self, words: str) -> str:
+        return f"{len(self.done) + 1}/{len(self.actions)} {words}"
+
+    def _bar(self, part: Part) -> str:
+        return drawn(self._position(part.label), part.done, part.total, self.cells, self.width)
 
     def _show(self, text: str) -> None:
         if self.width:
@@ -112,7 +117,8 @@ def carry_out(
     After Ctrl-C the actions under way are finished and no further one begins.
     """
     watched = not quiet and is_terminal(sys.stderr)
-    report = Report(actions, view_of(sys.stderr).width - 1 if watched else 0)
+    view = view_of(sys.stderr)
+    report = Report(actions, view.width - 1 if watched else 0, cells_of(view))
     with _listening(report), contextlib.suppress(Interrupted):
         execute(
             session.site,

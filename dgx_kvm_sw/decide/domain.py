@@ -46,9 +46,13 @@ def domain_uuid(machine_id: str, name: str) -> str:
 
 
 def desired_domain(
-    vm: VmSpec, placement: Placement, topology: Topology, around: Surroundings
+    vm: VmSpec,
+    placement: Placement,
+    topology: Topology,
+    around: Surroundings,
+    volumes: tuple[Volume, ...],
 ) -> DomainFacts:
-    """Return the facts of the domain that this VM is to be."""
+    """Return the facts of the domain that this VM, with these disks, is to be."""
     identity = domain_uuid(around.machine_id, vm.name)
     by_address = {device.address: device for device in topology.devices()}
     devices = [by_address[address] for address in placement.devices]
@@ -72,7 +76,7 @@ def desired_domain(
         mmio64_mib=mmio64_mib(devices),
         controllers=controllers,
         hostdevs=hostdevs,
-        disks=(*_disks(vm, around, queues), *_seed_disk(vm, around)),
+        disks=(*_disks(vm, around, volumes, queues), *_seed_disk(vm, around)),
         interfaces=tuple(
             Interface(mac, on_host(network, vm.tenant), queues)
             for mac, network in zip(interface_macs(vm, around.machine_id), vm.networks, strict=True)
@@ -101,12 +105,12 @@ def desired_volumes(vm: VmSpec, around: Surroundings) -> tuple[Volume, ...]:
     """Return the VM's disks; one that is there stays what it is, whatever kind of disk or version
     of its image the file asks for now.
     """
-    names = ["os", *(disk.name for disk in vm.disks)]
-    declared = declared_volumes(vm, around)
-    return tuple(
-        _as_made(volume, vm.name, name, around)
-        for volume, name in zip(declared, names, strict=True)
-    )
+    declared = zip(declared_volumes(vm, around), _disk_names(vm), strict=True)
+    return tuple(_as_made(volume, vm.name, name, around) for volume, name in declared)
+
+
+def _disk_names(vm: VmSpec) -> tuple[str, ...]:
+    return ("os", *(disk.name for disk in vm.disks))
 
 
 def _file(
@@ -127,9 +131,12 @@ def _as_made(wanted: Volume, vm: str, disk: str, around: Surroundings) -> Volume
 def is_own(domain: DomainStatus, disk: DomainDisk) -> bool:
     """Whether a disk is the domain's own, by its name, and no CD."""
     name = disk.path.rpartition("/")[2]
-    return not disk.cdrom and name.startswith(
-        (f"{domain.name}.", f"{LOGICAL_VOLUME}{domain.name}.")
-    )
+    return not disk.cdrom and name.startswith(_own_prefixes(domain.name))
+
+
+def _own_prefixes(vm: str) -> tuple[str, ...]:
+    """What the names of a VM's own disks start with: on the pool, in LVM."""
+    return (f"{vm}.", f"{LOGICAL_VOLUME}{vm}.")
 
 
 def own_disks(domain: DomainStatus, volumes: tuple[Volume, ...]) -> tuple[str, ...]:
@@ -148,9 +155,8 @@ def detached_disks(domain: DomainStatus, volumes: tuple[Volume, ...]) -> tuple[s
 
 
 def _disks_named(vm: str, volumes: tuple[Volume, ...]) -> Iterator[str]:
-    prefixes = (f"{vm}.", f"{LOGICAL_VOLUME}{vm}.")
     for volume in volumes:
-        if volume.name.startswith(prefixes) and volume.name != f"{vm}{SEED}":
+        if volume.name.startswith(_own_prefixes(vm)) and volume.name != f"{vm}{SEED}":
             yield volume.path
 
 
@@ -164,8 +170,9 @@ def interface_macs(vm: VmSpec, machine_id: str) -> tuple[str, ...]:
     return tuple(_mac(identity, number) for number in range(len(vm.networks)))
 
 
-def _disks(vm: VmSpec, around: Surroundings, queues: int) -> tuple[DomainDisk, ...]:
-    names = ["os", *(disk.name for disk in vm.disks)]
+def _disks(
+    vm: VmSpec, around: Surroundings, volumes: tuple[Volume, ...], queues: int
+) -> tuple[DomainDisk, ...]:
     threads = vm.resources.iothreads
     return tuple(
         DomainDisk(
@@ -183,9 +190,7 @@ def _disks(vm: VmSpec, around: Surroundings, queues: int) -> tuple[DomainDisk, .
             backing_format=volume.backing_format,
             iothread=number % threads + 1 if threads else None,
         )
-        for number, (disk, volume) in enumerate(
-            zip(names, desired_volumes(vm, around), strict=True)
-        )
+        for number, (disk, volume) in enumerate(zip(_disk_names(vm), volumes, strict=True))
     )
 
 

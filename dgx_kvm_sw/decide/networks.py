@@ -74,8 +74,7 @@ def refusals(
 
 def unused(current: CurrentState, networks: Collection[str]) -> list[HostNetwork]:
     """Networks of ours that no VM needs and no domain has, or will have."""
-    held = {name for domain in current.domains for name in domain.facts.networks}
-    held |= {name for d in current.domains if d.live for name in d.live.networks}
+    held = {name for domain in current.domains for name in domain.networks}
     return [n for n in current.networks if n.ours and n.name not in {*networks, *held}]
 
 

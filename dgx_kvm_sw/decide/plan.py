@@ -77,6 +77,10 @@ class Desired:
         stale = self.seed is not None and self.seed.stale
         return (WriteSeed(self.facts.name, self.facts.uuid),) if stale else ()
 
+    def grow_actions(self, current: CurrentState) -> tuple[GrowVolume, ...]:
+        """What makes the disks that are there as large as the file says, while the VM is off."""
+        return tuple(GrowVolume(self.facts.name, g.volume) for g in growths(self.volumes, current))
+
 
 @dataclass(frozen=True)
 class _Step:
@@ -102,12 +106,12 @@ def diff(
     declared = {want.facts.name for want in desired} | {refused.vm for refused in unplaceable}
     orphans = [d for d in current.domains if d.managed and d.name not in declared]
     steps = [_vm_step(want, current, topology, intent) for want in desired]
-    leaving = [_orphan_step(domain, current, intent) for domain in orphans]
-    gone = {domain.name for domain, step in zip(orphans, leaving, strict=True) if step.actions}
-    remaining = tuple(domain for domain in current.domains if domain.name not in gone)
-    steps += leaving
-    steps += [_removal(n) for n in unused(replace(current, domains=remaining), networks)]
+    steps += [_orphan_step(domain, current, intent) for domain in orphans]
     actions = [action for step in steps if step for action in step.actions]
+    after = tuple(filter(None, (_after(domain, actions) for domain in current.domains)))
+    leave = [_removal(n, current) for n in unused(replace(current, domains=after), networks)]
+    steps += leave
+    actions += [action for step in leave for action in step.actions]
     return Plan(
         vms=tuple(step.vm for step in steps if step),
         actions=tuple(sorted(actions, key=lambda action: action.phase)),  # stable: file order
@@ -138,11 +142,10 @@ def _vm_step(
     name = want.facts.name
     have = {volume.path for volume in current.volumes}
     active = {network.name for network in current.networks if network.active}
-    grown = growths(want.volumes, current)
-    grows = tuple(GrowVolume(name, growth.volume) for growth in grown)
+    grows = want.grow_actions(current)
     larger = [
         (f"size of {g.volume.name}", size_text(g.held_mib), size_text(g.volume.capacity_mib))
-        for g in grown
+        for g in growths(want.volumes, current)
     ]
     prepare: tuple[Preparation, ...] = (
         *(EnsureNetwork(name, network) for network in want.networks if network.name not in active),
@@ -279,8 +282,22 @@ def _missing(prepare: Preparation) -> Change:
     return Change("disks", f"{prepare.volume.name} is missing", how, Effect.LIVE)
 
 
-def _removal(network: HostNetwork) -> _Step:
+def _after(domain: DomainStatus, actions: list[Action]) -> DomainStatus | None:
+    """A domain as it is defined and runs when these actions are done; None when it is gone."""
+    for action in actions:
+        if action.vm == domain.name:
+            match action:
+                case UndefineDomain():
+                    return None
+                case ShutDownDomain():
+                    domain = replace(domain, live=None)
+                case DefineDomain(facts=facts):
+                    domain = replace(domain, facts=facts)
+    return domain
+
+
+def _removal(network: HostNetwork, current: CurrentState) -> _Step:
     """A network of ours that no VM has or will have; its row is named unlike any VM."""
-    title = f"network {network.name}"
-    row = _row(title, Verb.DELETE, [Change("used", "yes", "no longer", Effect.LIVE)])
-    return _Step(row, (RemoveNetwork(title, network),))
+    removal = RemoveNetwork.of(network, current)
+    row = _row(removal.vm, Verb.DELETE, [Change("used", "yes", "no longer", Effect.LIVE)])
+    return _Step(row, (removal,))

@@ -11,15 +11,15 @@ import errno
 import fcntl
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
 
-from dgx_kvm_sw.access.files import Root, explained, locked
+from dgx_kvm_sw.access.files import Root, explained, locked, sync_path
 from dgx_kvm_sw.guest import checksums, images
 from dgx_kvm_sw.guest.checksums import Progress, unwatched
-from dgx_kvm_sw.guest.images import BASES, Image
+from dgx_kvm_sw.guest.images import BASES, Catalogue, Image
 from dgx_kvm_sw.model.domain import CurrentState, Volume
 from dgx_kvm_sw.model.errors import HostError
 
@@ -30,6 +30,7 @@ _LOCK_SECONDS = 60.0  # it is only ever held for moments
 _ADOPTING = ".adopting-"  # of `adopt`, which the lock of the VMs allows once at a time
 _PARTIAL = ".partial-"  # of an import; whoever writes it holds a lock on it
 _SPARE_BYTES = 64 << 20  # what is left free on a file system
+_ANEW = "save what their guests need, then make these VMs and their disks anew"
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
 
 
@@ -41,7 +42,7 @@ def adopt(root: Root, image: Image, progress: Progress = unwatched) -> None:
     """
     base = root.path(image.base)
     if base.exists():
-        _check_length(base, image)
+        _check_is_good(root, image)
         return
     temporary = base.with_name(f"{_ADOPTING}{base.name}")
     try:
@@ -60,13 +61,13 @@ def adopt(root: Root, image: Image, progress: Progress = unwatched) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _check_length(base: Path, image: Image) -> None:
-    found = base.stat().st_size
-    if found != image.size_bytes:
+def _check_is_good(root: Root, image: Image) -> None:
+    memory = checksums.remembered(root)
+    if damage := images.base_damage(root, image.base, memory, image.size_bytes):
         raise HostError(
-            f"the base {base} of image {image.label} has {found} bytes instead of"
-            f" {image.size_bytes}, so no disk is made of it",
-            "somebody has changed it: look at the disks that lie on it before anything else",
+            f"the base {root.path(image.base)} of image {image.label} is damaged ({damage}), so no"
+            " disk is made of it",
+            "repeat this command: it makes another base",
         )
 
 
@@ -142,11 +143,7 @@ def put_in_place(stream: BinaryIO, temporary: Path, base: Path) -> None:
     os.fchmod(stream.fileno(), MODE)
     os.fsync(stream.fileno())
     os.replace(temporary, base)
-    descriptor = os.open(base.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(base.parent)
 
 
 @contextlib.contextmanager
@@ -197,6 +194,21 @@ def users(current: CurrentState, volumes: Iterable[Volume] | None = None) -> dic
                 found.setdefault(disk.path, set()).add(domain.name)
     found.pop("", None)
     return found
+
+
+def damages(
+    found: Catalogue, users: Mapping[str, Collection[str]]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield each damaged base, that with whose disks lie on it, and what to do.
+
+    A disk stays on its base, whatever that holds now: nothing else fits to what is in the disk.
+    """
+    for base, damage in found.damaged.items():
+        text = f"the base {base} is damaged: {damage}; no new disk will lie on it"
+        if vms := ", ".join(sorted(users.get(base, ()))):
+            yield base, f"{text}, but those of {vms} do", _ANEW
+        else:
+            yield base, text, ""
 
 
 def remove_unneeded(root: Root, needed: Collection[str]) -> tuple[str, ...]:

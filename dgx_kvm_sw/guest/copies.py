@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
-from dgx_kvm_sw.access.files import explained
+from dgx_kvm_sw.access.files import explained, sync_path
 from dgx_kvm_sw.access.run import run
+from dgx_kvm_sw.guest.checksums import Progress, unwatched
 from dgx_kvm_sw.model.domain import Volume
 from dgx_kvm_sw.model.errors import HostError
 
@@ -16,6 +19,7 @@ UNFINISHED = ".part"
 
 _SECONDS = 60.0
 _COPY_SECONDS = 6 * 3600.0
+_PERCENT = re.compile(r"\(([0-9.]+)/100%\)")  # as `qemu-img -p` says it
 
 
 def needed_mib(volume: Volume) -> int:
@@ -27,7 +31,7 @@ def needed_mib(volume: Volume) -> int:
     return -(-int(json.loads(said)["required"]) >> 20)
 
 
-def make(volume: Volume) -> None:
+def make(volume: Volume, progress: Progress = unwatched) -> None:
     """Copy the image; raises HostError and leaves nothing when that fails.
 
     The caller holds the lock: every unfinished copy is a leftover of one that was killed.
@@ -45,11 +49,18 @@ def make(volume: Volume) -> None:
             if name.endswith(UNFINISHED):
                 os.unlink(f"{folder}/{name}")
         os.close(os.open(part, os.O_CREAT | os.O_EXCL, 0o600))  # qemu-img keeps the mode
-        _qemu_img(("convert", "-q", *formats, *reserve, volume.source, part), _COPY_SECONDS)
+        total = needed_mib(volume) << 20
+
+        def watch(said: str) -> None:
+            if percents := _PERCENT.findall(said):
+                progress(int(total * float(percents[-1]) / 100), total)
+
+        convert = ("convert", "-p", *formats, *reserve, volume.source, part)
+        _qemu_img(convert, _COPY_SECONDS, watch=watch)
         _qemu_img(("resize", "-q", "-f", volume.format, *grow, part, size), _COPY_SECONDS)
-        _sync(part)
+        sync_path(part)
         os.rename(part, volume.path)
-        _sync(folder)
+        sync_path(folder)
     except OSError as error:
         raise explained(error, "make", Path(volume.path)) from error
     finally:
@@ -57,18 +68,13 @@ def make(volume: Volume) -> None:
             os.unlink(part)
 
 
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _qemu_img(
-    arguments: tuple[str, ...], seconds: float, hint: str = "see whether the disk is full"
+    arguments: tuple[str, ...],
+    seconds: float,
+    hint: str = "see whether the disk is full",
+    watch: Callable[[str], object] | None = None,
 ) -> str:
-    done = run(("qemu-img", *arguments), timeout=seconds)
+    done = run(("qemu-img", *arguments), timeout=seconds, watch=watch)
     if done.code:
         reason = " ".join(done.err.split()).removeprefix("qemu-img: ")
         raise HostError(f"qemu-img {arguments[0]} fails: {reason}", hint)

@@ -8,11 +8,15 @@ from functools import cached_property
 from typing import Any
 
 from dgx_kvm_sw.guest.problems import dotted
-from dgx_kvm_sw.model.errors import Problem
+from dgx_kvm_sw.model.errors import WITHHELD, Problem
 
 Path = tuple[str | int, ...]  # ("vms", 2, "gpus")
 
 _LONGEST_SNIPPET = 200
+_SECRET = re.compile(  # the name of a key, and that something comes after it, perhaps no colon
+    r"(?:passw(?:or)?d|passphrase|secret|token|private[ _-]?key)[\w-]{0,40}[\"']?(?:\s*[:=]|\s+\S)",
+    re.IGNORECASE,
+)
 _LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # as the YAML parser counts lines
 
 
@@ -53,6 +57,22 @@ class Source:
         """Return a line by its number from 1; empty beyond the end."""
         return self.lines[number - 1] if 0 < number <= len(self.lines) else ""
 
+    @cached_property
+    def secret_lines(self) -> frozenset[int]:
+        """The lines in PEM blocks, and those with keys called like a secret and their values."""
+        found = set()
+        in_block, key_column = False, -1  # -1: in no such value
+        for number, line in enumerate(self.lines, 1):
+            in_block = in_block or "-----BEGIN" in line
+            if line.strip() and len(line) - len(line.lstrip()) <= key_column:
+                key_column = -1
+            if key_column < 0 and _SECRET.search(line):
+                key_column = len(line) - len(line.lstrip(" -"))
+            if in_block or key_column >= 0:
+                found.add(number)
+            in_block = in_block and "-----END" not in line
+        return frozenset(found)
+
     def span_at(self, position: int, length: int = 1) -> Span:
         """Return the span of `length` characters of one line at a character position."""
         before = _LINE_BREAK.split(self.text[:position])
@@ -63,6 +83,8 @@ class Source:
         line = self.line(span.line)
         # One column stays one column: the caret is placed by counting.
         snippet = "".join(char if char.isprintable() else " " for char in line)
+        if span.line in self.secret_lines:
+            snippet = WITHHELD
         return Problem(
             self.file,
             span.line,

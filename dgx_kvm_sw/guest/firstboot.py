@@ -122,7 +122,6 @@ def mistakes(documents: Sequence[Document], files: Files) -> Iterator[Problem]:
         yield from _bad_user(document, path)
         yield from _bad_keys(document, path, files)
         yield from _bad_user_data(document, path, files)
-        yield from _repeated_mounts(document, path)
         for index in range(len(document.sequence(*path, "networks"))):
             yield from _bad_network(document, (*path, "networks", index))
     yield from _repeated_addresses(documents)
@@ -216,17 +215,6 @@ def _bad_cloud_config(name: str, text: str) -> Iterator[Problem]:
     else:
         if not isinstance(value, dict):
             yield Problem(name, 0, 0, 0, 0, "", "is not a mapping, as cloud-config is")
-
-
-def _repeated_mounts(document: Document, path: Path) -> Iterator[Problem]:
-    seen: set[str] = set()
-    for index in range(len(document.sequence(*path, "disks"))):
-        place = (*path, "disks", index, "mount")
-        mount = document.get(*place)
-        if isinstance(mount, str):
-            if mount in seen:
-                yield document.problem(place, f"another disk of this VM is mounted at {mount}")
-            seen.add(mount)
 
 
 def _bad_network(document: Document, path: Path) -> Iterator[Problem]:

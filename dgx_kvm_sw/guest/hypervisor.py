@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import libvirt
 
 from dgx_kvm_sw.guest import copies, domainxml, lvm, networkxml
+from dgx_kvm_sw.guest.checksums import Progress, unwatched
 from dgx_kvm_sw.model.domain import DomainFacts, HostNetwork, Space, Volume, VolumeGroup
 from dgx_kvm_sw.model.errors import HypervisorError
 from dgx_kvm_sw.model.pci import CpuSet
@@ -193,11 +194,11 @@ class Hypervisor:
                     pool.destroy()
                     pool.undefine()
 
-    def create_volume(self, volume: Volume) -> None:
+    def create_volume(self, volume: Volume, progress: Progress = unwatched) -> None:
         if volume.group:
-            lvm.create(volume)
+            lvm.create(volume, progress)
         elif volume.source:
-            copies.make(volume)
+            copies.make(volume, progress)
             with explained(f"find the disk {volume.name}"):
                 _refresh(self._connection.storagePoolLookupByName(POOL))
         else:

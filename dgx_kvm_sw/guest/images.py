@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import stat
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dgx_kvm_sw.access.files import Root
@@ -26,7 +27,8 @@ VERSION = re.compile(r"[0-9][A-Za-z0-9.+~:-]*")  # Debian's
 SHA256 = re.compile(r"[0-9a-f]{64}")
 FORMATS = ("qcow2", "raw")
 
-_BASE_NAME = re.compile(rf"{BASES}/(.+)-[0-9a-f]{{12}}\.(?:qcow2|raw)")
+_DIGITS = 12  # of a checksum, in the name of a base; prerm of image packages knows it
+_BASE_NAME = re.compile(rf"{BASES}/(.+)-([0-9a-f]{{{_DIGITS}}})\.(?:qcow2|raw)")
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,21 @@ class Image:
     package: str = ""  # "" for an import
     architecture: str = "amd64"
     manifest: str = field(default="", compare=False)  # the file all this is from
+    base: str = field(default="", compare=False)  # what new overlays lie on: no package owns it
 
     @property
     def imported(self) -> bool:
         return self.manifest.startswith(f"{IMPORTED}/")
 
     @property
-    def base(self) -> str:
-        """What overlays lie on: a file that no package owns, so that no upgrade replaces it."""
-        return f"{BASES}/{self.name}-{self.sha256[:12]}.{self.format}"
+    def is_base(self) -> bool:
+        """Whether its file is what disks lie on, as that of an import is."""
+        return bool(base_owner(self.path))
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """What its base may be called: a damaged one that disks lie on has to keep its name."""
+        return tuple(f"{BASES}/{self.name}-{d}.{self.format}" for d in _digits(self.sha256))
 
     @property
     def label(self) -> str:
@@ -71,7 +79,7 @@ class Image:
     def source_hint(self) -> str:
         """How to get a good copy of it."""
         if self.imported:
-            return f"`dgx-kvm image remove {self.name}`, then import it anew"
+            return f"`dgx-kvm image import` it again, with --name {self.name}"
         return f"apt install --reinstall {self.package}" if self.package else "put it back"
 
 
@@ -92,6 +100,7 @@ class Catalogue:
     problems: tuple[str, ...] = ()  # sentences about manifests that say nothing usable
     faults: dict[str, Fault] = field(default_factory=dict)  # by image, some without a manifest
     older: tuple[Image, ...] = ()  # of a name that a higher version has too
+    damaged: dict[str, str] = field(default_factory=dict)  # bases, by path, and what is wrong
 
     @property
     def names(self) -> Collection[str]:
@@ -106,10 +115,11 @@ class Catalogue:
         return (*self.images.values(), *self.older)
 
 
-def catalogue(root: Root) -> Catalogue:
+def catalogue(root: Root, read: checksums.Remembered | None = None) -> Catalogue:
     """Read all manifests and look at their files; what is bad is named and hinders no other.
 
-    The files are not read: that is done before the first use, and by `dgx-kvm image verify`.
+    The files are not read: that is done before the first use, and by `dgx-kvm image verify`,
+    which gives what it has `read`, as it cannot always be remembered.
     """
     images: dict[str, Image] = {}
     problems: list[str] = []
@@ -132,11 +142,17 @@ def catalogue(root: Root) -> Catalogue:
             older.append(lower)
     for name in faults.keys() & images.keys():  # another manifest has a good one of that name
         del faults[name]
-    memory = checksums.remembered(root)
-    for image in images.values():
+    memory = {**checksums.remembered(root), **(read or {})}
+    damaged = _damaged_bases(root, (*images.values(), *older), memory)
+    for image in tuple(images.values()):
+        good = next((base for base in image.base_names if base not in damaged), "")
+        if not image.is_base:
+            images[image.name] = replace(image, base=good)
         if fault := fault_of(root, image, memory):
             faults[image.name] = fault
-    return Catalogue(images, tuple(problems), faults, tuple(older))
+        elif not (good or image.is_base):
+            faults[image.name] = _no_base(image)
+    return Catalogue(images, tuple(problems), faults, tuple(older), damaged)
 
 
 def _manifests(root: Root, problems: list[str]) -> Iterator[str]:
@@ -173,6 +189,17 @@ def base_owner(path: str) -> str:
     return found[1] if found else ""
 
 
+def base_files(root: Root) -> list[str]:
+    """The paths of all bases that there are."""
+    paths = (f"{BASES}/{name}" for name in root.names(BASES))
+    return [path for path in paths if base_owner(path)]
+
+
+def _digits(sha256: str) -> tuple[str, ...]:
+    """The digits of a checksum that a base may be called by."""
+    return tuple(sha256[n : n + _DIGITS] for n in range(0, len(sha256) - _DIGITS, _DIGITS))
+
+
 # -- the files of images ------------------------------------------------------------------------
 
 
@@ -196,6 +223,38 @@ def fault_of(root: Root, image: Image, memory: checksums.Remembered) -> Fault | 
         )
         return Fault(state, text, image.source_hint)
     return mismatch(root, image, checksums.known(memory, image.path, found) or image.sha256)
+
+
+def base_damage(root: Root, base: str, memory: checksums.Remembered, size_bytes: int = 0) -> str:
+    """Say what is known to be wrong with a base, by its length or since somebody has read it; ""
+    for one that is good, or not there.
+    """
+    name = _BASE_NAME.fullmatch(base)
+    if not (name and root.exists(base)):
+        return ""
+    found = root.path(base).stat()
+    if size_bytes and found.st_size != size_bytes:
+        return f"it has {found.st_size} bytes instead of {size_bytes}"
+    checksum = checksums.known(memory, base, found)
+    return f"its sha256 is {checksum}" if checksum and name[2] not in _digits(checksum) else ""
+
+
+def _damaged_bases(
+    root: Root, images: Collection[Image], memory: checksums.Remembered
+) -> dict[str, str]:
+    """Look at all bases, those of older images too: disks may lie on each."""
+    sizes = {base: image.size_bytes for image in images for base in image.base_names}
+    found = {}
+    with contextlib.suppress(HostError):  # who may not look there makes no disk either
+        for path in base_files(root):
+            if damage := base_damage(root, path, memory, sizes.get(path, 0)):
+                found[path] = damage
+    return found
+
+
+def _no_base(image: Image) -> Fault:
+    text = f"every base of image {image.label} is damaged, the last one {image.base_names[-1]}"
+    return Fault("bases damaged", text, "look at the drive, and delete the VMs on one of them")
 
 
 def mismatch(root: Root, image: Image, checksum: str) -> Fault | None:
@@ -248,7 +307,7 @@ def parse(text: str, where: str = "") -> Image:
     values = {f.name: _value(f, data) for f in _fields() if f.name in data or _is_required(f)}
     image = Image(**values, manifest=where)
     _check(image)
-    return image
+    return replace(image, base=image.path if image.is_base else image.base_names[0])
 
 
 def manifest_text(image: Image) -> str:
@@ -258,7 +317,7 @@ def manifest_text(image: Image) -> str:
 
 
 def _fields() -> tuple[dataclasses.Field[Any], ...]:
-    return tuple(f for f in dataclasses.fields(Image) if f.name != "manifest")
+    return tuple(f for f in dataclasses.fields(Image) if f.name not in ("manifest", "base"))
 
 
 def _is_required(each: dataclasses.Field[Any]) -> bool:

@@ -65,7 +65,8 @@ def import_image(root: Root, wanted: Wanted, progress: Progress = unwatched) -> 
             image = _image(wanted, content, temporary.stat().st_size)
             with bases.images_locked(root):
                 _check_newer(root, wanted)  # there may be another one by now
-                bases.put_in_place(target, temporary, root.path(image.base))
+                image = _named(root, image)
+                bases.put_in_place(target, temporary, root.path(image.path))
                 root.write(image.manifest, images.manifest_text(image))
     except OSError as error:
         raise explained(error, "import", wanted.file) from error
@@ -108,10 +109,13 @@ def _check_words(root: Root, wanted: Wanted) -> None:
 
 
 def _check_newer(root: Root, wanted: Wanted) -> None:
-    for there in images.catalogue(root).everything:
+    found = images.catalogue(root)
+    for there in found.everything:
         if there.name != wanted.name:
             continue
-        if images.compare_versions(wanted.version, there.version) <= 0:
+        # A damaged import may be brought again; the lower of two versions would never be used.
+        anew = there.imported and there.name in found.faults
+        if images.compare_versions(wanted.version, there.version) < (0 if anew else 1):
             raise UsageError(
                 f"there is an image {there.label} already",
                 f"give it another --name, or a --version higher than {there.version}",
@@ -190,8 +194,19 @@ def _wrong_name(kind: str, file: Path, copied: Path) -> str:
     return ""
 
 
+def _named(root: Root, image: Image) -> Image:
+    """Give the image a base of its own: disks may lie on what is there, whatever it holds now."""
+    base = next((base for base in image.base_names if not root.exists(base)), None)
+    if base is None:
+        raise HostError(
+            f"there are {len(image.base_names)} bases of this very image already",
+            "delete VMs whose disks lie on them, or give it another --name",
+        )
+    return replace(image, path=base, base=base)
+
+
 def _image(wanted: Wanted, content: _Content, size: int) -> Image:
-    image = Image(
+    return Image(
         name=wanted.name,
         version=wanted.version,
         path="",
@@ -205,7 +220,6 @@ def _image(wanted: Wanted, content: _Content, size: int) -> Image:
         driver=wanted.driver,
         manifest=f"{IMPORTED}/{wanted.name}.json",
     )
-    return replace(image, path=image.base)
 
 
 def default_version() -> str:

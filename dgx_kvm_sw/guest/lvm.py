@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from dgx_kvm_sw.access.run import run, search_path
+from dgx_kvm_sw.guest.checksums import Progress, unwatched
 from dgx_kvm_sw.model.domain import Volume, VolumeGroup
 from dgx_kvm_sw.model.errors import HostError
 
@@ -16,6 +18,7 @@ UNFINISHED = ".part"  # disk names hold no dot
 
 _SECONDS = 120.0
 _ZERO_SECONDS = 6 * 3600.0  # a drive that cannot write zeros by itself is sent every one of them
+_PIECE_BYTES = 1 << 30
 _UNITS = ("--reportformat", "json", "--units", "b", "--nosuffix")
 
 
@@ -40,7 +43,7 @@ def read() -> tuple[tuple[VolumeGroup, ...], tuple[Volume, ...]]:
     return groups, tuple(sorted(finished, key=lambda volume: volume.name))
 
 
-def create(volume: Volume) -> None:
+def create(volume: Volume, progress: Progress = unwatched) -> None:
     """Make a logical volume that reads as zeros: its blocks may have been another tenant's.
 
     It gets its name when it is ready, so one that was cut off is never taken for finished. The
@@ -54,8 +57,19 @@ def create(volume: Volume) -> None:
     part = f"{volume.name}{UNFINISHED}"
     tagged = ("lvcreate", "--yes", "--addtag", TAG, "--wipesignatures", "n", "--zero", "n")
     _run((*tagged, "--name", part, "--size", f"{volume.capacity_mib}m", volume.group))
-    _run(("blkdiscard", "--force", "--zeroout", f"/dev/{volume.group}/{part}"), _ZERO_SECONDS)
+    _zero(f"/dev/{volume.group}/{part}", volume.capacity_mib << 20, progress)
     _run(("lvrename", volume.group, part, volume.name))
+
+
+def _zero(path: str, size: int, progress: Progress) -> None:
+    """Zero a device piece by piece; the last one goes to its end, which LVM has rounded up."""
+    zero = ("blkdiscard", "--force", "--zeroout")
+    end = time.monotonic() + _ZERO_SECONDS
+    for offset in range(0, size, _PIECE_BYTES):
+        progress(offset, size)
+        last = offset + _PIECE_BYTES >= size
+        length = () if last else ("--length", str(_PIECE_BYTES))
+        _run((*zero, "--offset", str(offset), *length, path), max(1.0, end - time.monotonic()))
 
 
 def remove(path: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from dgx_kvm_sw.model.errors import Problem
@@ -33,6 +33,13 @@ def did_you_mean(word: Any, options: Iterable[str]) -> str:
 
     nearest = difflib.get_close_matches(str(word)[:_LONGEST], list(options), 1)
     return f"did you mean `{nearest[0]}`?" if nearest else ""
+
+
+def unknown(kind: str, word: Any, known: Collection[str]) -> tuple[str, str]:
+    """Say that there is no tenant or image of this name, and which there are."""
+    some = ", ".join(sorted(known)[:8])
+    other = f"known {kind}s: {some}" if some else f"no {kind} is known"
+    return f"there is no {kind} {shown(word)}", did_you_mean(word, known) or other
 
 
 def dotted(path: Iterable[str | int]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 from dgx_kvm_sw.access.files import Root
+from dgx_kvm_sw.guest.checksums import Progress, unwatched
 from dgx_kvm_sw.guest.hypervisor import Hypervisor
 from dgx_kvm_sw.model.base import to_json
 from dgx_kvm_sw.model.domain import (
@@ -115,7 +116,7 @@ class SimulatedHypervisor(Hypervisor):
         if self._pool() is None:
             self._root.remove(_POOL)
 
-    def create_volume(self, volume: Volume) -> None:
+    def create_volume(self, volume: Volume, progress: Progress = unwatched) -> None:
         if not volume.group:
             super()._create_file(volume)
         self._save_volume(volume)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dgx_kvm_sw.guest.document import Document, Path
-from dgx_kvm_sw.guest.problems import did_you_mean, shown
+from dgx_kvm_sw.guest.problems import shown, unknown
 from dgx_kvm_sw.model.errors import Problem
 from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.spec import SIZES, SourceLine
@@ -113,7 +113,8 @@ def mistakes(
     yield from _unknown_references(sections, "tenant", {tenant.name for tenant in tenants})
     if images is not None:
         yield from _unknown_references(sections, "image", images)
-    yield from _repeated_disks(sections)
+    yield from _repeated_in_disks(sections, "name", "there is already a disk {} here")
+    yield from _repeated_in_disks(sections, "mount", "another disk of this VM is mounted at {}")
     yield from _impossible_disks(sections)
     yield from _impossible_overlays(vms, sizes)
     yield from _impossible_vlans(sections)
@@ -149,25 +150,25 @@ def _unknown_references(
     sections: Sequence[tuple[Document, Path]], key: str, known: Collection[str]
 ) -> Iterator[Problem]:
     """Yield a problem for every `key` (tenant, image) whose value is not among the known."""
-    some = ", ".join(sorted(known)[:8])
     for document, path in sections:
         value = document.get(*path, key)
         if isinstance(value, str) and value not in known:
-            other = f"known {key}s: {some}" if some else f"no {key} is known"
-            hint = did_you_mean(value, known) or other
-            yield document.problem((*path, key), f"there is no {key} {shown(value)}", hint)
+            yield document.problem((*path, key), *unknown(key, value, known))
 
 
-def _repeated_disks(sections: Sequence[tuple[Document, Path]]) -> Iterator[Problem]:
+def _repeated_in_disks(
+    sections: Sequence[tuple[Document, Path]], key: str, message: str
+) -> Iterator[Problem]:
+    """Yield a problem for every disk with the `key` (name, mount) of another of the same VM."""
     for document, path in sections:
         seen: set[str] = set()
         for index in range(len(document.sequence(*path, "disks"))):
-            place = (*path, "disks", index, "name")
-            name = document.get(*place)
-            if isinstance(name, str):
-                if name in seen:
-                    yield document.problem(place, f"there is already a disk {shown(name)} here")
-                seen.add(name)
+            place = (*path, "disks", index, key)
+            value = document.get(*place)
+            if isinstance(value, str):
+                if value in seen:
+                    yield document.problem(place, message.format(shown(value)))
+                seen.add(value)
 
 
 def _impossible_disks(sections: Sequence[tuple[Document, Path]]) -> Iterator[Problem]:

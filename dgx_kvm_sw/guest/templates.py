@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dgx_kvm_sw.access.files import Root, pristine_template_path, template_path
+from dgx_kvm_sw.guest.document import Source, Span
 from dgx_kvm_sw.model.base import digest
-from dgx_kvm_sw.model.errors import BadFileError, HostError, NoTemplateError, Problem
+from dgx_kvm_sw.model.errors import BadFileError, HostError, NoTemplateError
 
 API = 1
 
@@ -145,9 +146,8 @@ def _where(name: str, error: BaseException) -> tuple[str, int]:
 
 def _problem(root: Root, name: str, line: int, message: str) -> BadFileError:
     path = _path(root, name)
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if line else []
-    snippet = lines[line - 1] if 0 < line <= len(lines) else ""
-    indent = len(snippet) - len(snippet.lstrip())
-    end = len(snippet) + 1
-    problem = Problem(str(path), line, indent + 1, line, end, "", message, "", snippet)
-    return BadFileError((problem,))
+    text = path.read_text(encoding="utf-8", errors="replace") if line else ""
+    source = Source(str(path), text)
+    found = source.line(line)
+    span = Span(line, len(found) - len(found.lstrip()) + 1, line, len(found) + 1)
+    return BadFileError((source.problem(span, message),))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dgx_kvm_sw.model.base import StrEnum
-from dgx_kvm_sw.model.domain import DomainFacts, HostNetwork, Volume
+from dgx_kvm_sw.model.domain import CurrentState, DomainFacts, HostNetwork, Volume
 from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.placement import Unplaceable
 from dgx_kvm_sw.model.platform import Partition
@@ -144,6 +144,12 @@ class RemoveNetwork:
     phase: ClassVar[int] = 7
     vm: str
     network: HostNetwork
+    users: tuple[str, ...]  # VMs that are to leave it before
+
+    @classmethod
+    def of(cls, network: HostNetwork, current: CurrentState) -> RemoveNetwork:
+        users = (domain.name for domain in current.domains if network.name in domain.networks)
+        return cls(f"network {network.name}", network, tuple(users))
 
     def describe(self) -> str:
         return f"remove network {self.network.name}"

@@ -131,6 +131,11 @@ class DomainStatus:
     def managed(self) -> bool:
         return self.facts.owner is not None
 
+    @property
+    def networks(self) -> set[str]:
+        """Names of the libvirt networks that it is on, or will be at its next start."""
+        return self.facts.networks | (self.live.networks if self.live else set())
+
 
 @dataclass(frozen=True)
 class Volume:

@@ -57,6 +57,9 @@ class StalePlanError(DgxKvmError):
     """A saved plan no longer matches the host or the files it was made from."""
 
 
+WITHHELD = "(line not shown, it may hold a secret)"
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One mistake in a file. Lines and columns count from 1; 0 means the whole file."""
@@ -69,7 +72,7 @@ class Problem:
     path: str  # "vms[2].gpus"; empty for the document itself
     message: str
     hint: str = ""
-    snippet: str = ""  # the source line, without its newline
+    snippet: str = ""  # the source line, without its newline, or WITHHELD
 
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
@@ -77,7 +80,8 @@ class Problem:
         hint = f" ({self.hint})" if self.hint else ""
         text = f"{where}: {subject}{self.message}{hint}"
         if self.snippet.strip():
-            text += f"\n    {self.snippet}\n    {self._carets()}"
+            text += f"\n    {self.snippet}"
+            text += f"\n    {self._carets()}" if self.snippet != WITHHELD else ""
         return text
 
     def _carets(self) -> str:
