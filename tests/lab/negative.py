@@ -94,8 +94,9 @@ def _missing_gpu(host: Machine) -> None:
     host.reboot()
     gpus = len([one for one in functions(host) if one.is_gpu])
     host.check(
-        "printf 'version: 1\\nvms:\\n  - {name: one, gpus: 1, state: stopped}\\n"
-        "  - {name: all, gpus: 4, state: stopped}\\n' >/etc/dgx-kvm/vms.yaml"
+        "printf 'version: 1\\nhost: {cpu_pool: {cpus: 0, memory: 0%%}}\\n"
+        "defaults: {vcpus: 2, memory: 512MiB, state: stopped}\\n"
+        "vms: [{name: one, gpus: 1}, {name: all, gpus: 4}]\\n' >/etc/dgx-kvm/vms.yaml"
     )
     applied = host.run("dgx-kvm apply", INSTALL)
     expect(applied.code == 1 and "all" in applied.output, applied.output)

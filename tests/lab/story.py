@@ -129,7 +129,7 @@ class Tour:
     parts: list[str] = field(default_factory=list)
 
     def heading(self, text: str) -> None:
-        self.parts.append(f"\n## {text[0].upper()}{text[1:]}\n")
+        self.parts.append(f"## {text}\n")
 
     def typed(self, command: str, answer: str) -> None:
         shown = f"# {command}\n{answer}".rstrip()
@@ -155,7 +155,7 @@ class Story:
         with told(text):
             yield
 
-    def typed(self, command: str, timeout: float = 120, code: int = 0, only: str = "") -> str:
+    def typed(self, command: str, timeout: float = 300, code: int = 0, only: str = "") -> str:
         """Run what an operator types. Of a long answer the tour shows the lines with `only`."""
         result = self.host.run(command, timeout)
         expect(result.code == code, f"`{command}` ended with {result.code}:\n{result.output}")
@@ -208,7 +208,7 @@ class Story:
         host = self.host
         with self._step("apt install dgx-kvm-sw, from a folder, without a network"):
             host.check(f"{APT} update", INSTALL)
-            said = self.typed("apt-get -y install dgx-kvm-sw", INSTALL, only="dgx-kvm|reboot")
+            said = self.typed("apt-get -y install dgx-kvm-sw", INSTALL, only="^dgx-kvm")
             expect("from its next boot on, this host gives" in said, f"install said:\n{said}")
         with self._step("still bare metal until the reboot"):
             assert self.beginning
@@ -376,7 +376,7 @@ class Story:
     def remove(self) -> None:
         host = self.host
         with self._step("apt remove is refused while VMs run"):
-            said = self.typed("apt-get -y remove dgx-kvm-sw", INSTALL, code=100, only="dgx-kvm")
+            said = self.typed("apt-get -y remove dgx-kvm-sw", INSTALL, code=100, only="^dgx-kvm")
             names = all(vm.name in said for vm in self.vms_wanted)
             expect(names and "dgx-kvm stop --all" in said, said)
             expect(self._running() == self._names(), "refusing the removal stopped a VM")
@@ -385,7 +385,7 @@ class Story:
             host.check("dgx-kvm apply --prune --restart --delete-disks", GUESTS)
             host.check(f"rm -r {build.CATALOGUE} {build.GUEST_IMAGE}")
         with self._step("apt remove dgx-kvm-sw"):
-            said = self.typed("apt-get -y remove dgx-kvm-sw", INSTALL, only="dgx-kvm|next boot")
+            said = self.typed("apt-get -y remove dgx-kvm-sw", INSTALL, only="^dgx-kvm")
             expect("from its next boot on this host is as it was before" in said, said)
         with self._step("reboot"):
             host.reboot()
