@@ -32,6 +32,7 @@ from dgx_kvm_sw.decide.plan import (
 )
 from dgx_kvm_sw.decide.search import gpu_indexes
 from dgx_kvm_sw.decide.seed import desired_seed
+from dgx_kvm_sw.decide.vfs import with_strays
 from dgx_kvm_sw.guest import domainxml, images
 from dgx_kvm_sw.guest import seed as guest_seed
 from dgx_kvm_sw.guest import spec as spec_file
@@ -220,6 +221,7 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     platform, topology = platforms.survey(site.root)
     health = host_health.assess(topology, site.root, platform.fabric_model)
     current = read_current(hypervisor, spec)
+    health = with_strays(health, topology, current)
     foreign = {domain.name for domain in current.domains if not domain.managed}
     ours = replace(spec, vms=tuple(vm for vm in spec.vms if vm.name not in foreign))
     holdings = holdings_of(current, topology, spec, intent)
@@ -416,6 +418,7 @@ def summary(placement: Placement, topology: Topology) -> str:
         (len(placement.nvswitches), "NVSwitch", "NVSwitches"),
         (len(placement.nics), "NIC", "NICs"),
         (len(placement.drives), "drive", "drives"),
+        (len(placement.vfs), "VF", "VFs"),
     )
     parts += [f"{count} {one if count == 1 else many}" for count, one, many in counts if count]
     parts += [f"{placement.vcpus} threads", f"{placement.memory_mib / 1024:g} GiB"]

@@ -1,0 +1,173 @@
+"""Which SR-IOV virtual functions (VFs) a VM gets: its own, then those nearest to its GPUs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from dgx_kvm_sw.decide.devices import Assignable, nearest
+from dgx_kvm_sw.decide.ledger import Ledger
+from dgx_kvm_sw.model.domain import CurrentState
+from dgx_kvm_sw.model.health import DeviceHealth, DeviceState, HealthReport
+from dgx_kvm_sw.model.mode import VFIO
+from dgx_kvm_sw.model.pci import PciAddress, PciDevice
+from dgx_kvm_sw.model.placement import Holding
+from dgx_kvm_sw.model.spec import AUTO, NetworkKind, VmSpec
+from dgx_kvm_sw.model.topology import Nic, Topology, VirtualFunction
+
+_ETHERNET = 0x0200
+_README = "/usr/share/doc/dgx-kvm-sw/README.Debian"
+_MAKE = f"make some by SR-IOVVirtualFunctions= in a systemd.link file: {_README} has one"
+_KEEP = (
+    "name it in DGX_KVM_KEEP of /etc/default/dgx-kvm, then `dgx-kvm mode kvm` and a reboot:"
+    " the host makes VFs only of what it keeps"
+)
+_FREE = "free one, or make more by SR-IOVVirtualFunctions= in the NIC's systemd.link file"
+
+
+class NoVf(Exception):
+    """Why a network cannot have its VF, as a sentence part, and what to do."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.reason, self.remedy = reason, remedy
+
+
+@dataclass(frozen=True)
+class VfChoice:
+    """What one VM chooses from."""
+
+    topology: Topology
+    assignable: Assignable
+    ledger: Ledger
+    holdings: tuple[Holding, ...]
+    others: tuple[VmSpec, ...]  # of the file
+    own: tuple[PciAddress | None, ...]  # that the VM has, by network interface
+
+    def choose(self, vm: VmSpec, gpus: list[PciDevice], nodes: list[int]) -> tuple[PciAddress, ...]:
+        """Return a VF for each network that asks for one, in order; raises NoVf.
+
+        Networks that name a NIC choose first: `auto` can go anywhere.
+        """
+        asked = [(n, net.source) for n, net in enumerate(vm.networks) if net.kind is NetworkKind.VF]
+        order = {pci.address: far for far, pci in enumerate(self._by_distance(gpus, nodes))}
+        spoken_for = self._spoken_for()
+        chosen: dict[int, PciAddress] = {}
+        for number, source in sorted(asked, key=lambda each: each[1] == AUTO):
+            kept = self.own[number] if number < len(self.own) else None
+            if kept in chosen.values() or not self._serves(kept, source):
+                kept = None
+            free = self._free(vm, source, frozenset(chosen.values()), kept)
+
+            def rank(vf: VirtualFunction, kept: PciAddress | None = kept) -> tuple[int, ...]:
+                address = vf.pci.address
+                return (
+                    address != kept,
+                    address in spoken_for,
+                    address in self.own,
+                    order[vf.nic],
+                    vf.index,
+                )
+
+            chosen[number] = min(free, key=rank).pci.address
+        return tuple(chosen[number] for number, _ in asked)
+
+    def _by_distance(self, gpus: list[PciDevice], nodes: list[int]) -> list[PciDevice]:
+        nics = [nic.pci for nic in self.topology.nics]
+        return nearest(self.topology, gpus, nics, nodes)
+
+    def _serves(self, address: PciAddress | None, source: str) -> bool:
+        """Whether a VF is there, of the NIC that is asked for."""
+        found = (vf for vf in self.topology.vfs if vf.pci.address == address)
+        return any(source == AUTO or _is_called(self.topology.nic(vf.nic), source) for vf in found)
+
+    def _free(
+        self, vm: VmSpec, source: str, taken: frozenset[PciAddress], kept: PciAddress | None
+    ) -> list[VirtualFunction]:
+        """VFs that a network may have; raises NoVf where there is none."""
+        nics = self._nics(source, kept)
+        vfs = [vf for vf in self.topology.vfs if vf.nic in nics]
+        refusals = {vf: self.assignable.refusal(vf.pci.address, vm.name) for vf in vfs}
+        refusals |= {vf: f"{vm.name} has it" for vf in vfs if vf.pci.address in taken}
+        free = [vf for vf in vfs if refusals[vf] is None]
+        if not free:
+            whose = f"NIC {nics[next(iter(nics))].name}" if len(nics) == 1 else "the host"
+            first = next(reason for reason in refusals.values() if reason)
+            raise NoVf(f"{whose} has {len(vfs)} VFs and none is free: {first}", _FREE)
+        return free
+
+    def _nics(self, source: str, kept: PciAddress | None) -> dict[PciAddress, Nic]:
+        """NICs whose VFs a network may have. What the VM has already it keeps, come what may."""
+        having = {vf.nic for vf in self.topology.vfs}
+        asked = [n for n in self.topology.nics if _is_called(n, source)]
+        if source == AUTO:
+            asked = [n for n in self.topology.nics if n.pci.address in having]
+        if not asked and source == AUTO:
+            raise NoVf("no NIC of the host has virtual functions", _MAKE)
+        if not asked:
+            names = ", ".join(nic.name for nic in self.topology.nics if nic.interfaces)
+            raise NoVf(f"there is no NIC {source}", f"NICs of the host: {names or 'none'}")
+        own = {vf.nic for vf in self.topology.vfs if vf.pci.address == kept}
+        faults = {n: self._fault(n) for n in asked if n.pci.address not in own}
+        useful = {n.pci.address: n for n in asked if not faults.get(n)}
+        if not useful:
+            raise NoVf(*next(fault for fault in faults.values() if fault))
+        return useful
+
+    def _fault(self, nic: Nic) -> tuple[str, str] | None:
+        """Why no VM can have a VF of this NIC, and what to do."""
+        name = f"NIC {nic.name}"
+        if nic.pci.class_code != _ETHERNET:
+            return f"{name} is InfiniBand, whose VFs have no MAC address", "name an Ethernet NIC"
+        if nic.pci.driver == VFIO:
+            return f"{name} goes to VMs as a whole", _KEEP
+        if not nic.pci.sriov_vfs:
+            return f"{name} has no SR-IOV", "name another NIC, or switch it on in its firmware"
+        if not any(vf.nic == nic.pci.address for vf in self.topology.vfs):
+            return f"{name} has no virtual functions", _MAKE
+        if not nic.up:  # libvirt sets a VF's MAC through it, and only then
+            remedy = f"`ip link set {nic.name} up`, and in the host's network configuration"
+            return f"{name} is down, so libvirt cannot set up its VFs", remedy
+        return None
+
+    def _spoken_for(self) -> set[PciAddress]:
+        """VFs that are better left: other VMs are defined with them, or name a NIC that has no
+        more free ones than they ask for.
+        """
+        defined = {vf for held in self.holdings for vf in held.vfs if vf} - set(self.own)
+        asked: Counter[PciAddress] = Counter()
+        for nic in self.topology.nics:
+            for vm in self.others:
+                here = [n for n in vm.networks if n.kind is NetworkKind.VF]
+                asked[nic.pci.address] += sum(_is_called(nic, n.source) for n in here)
+        left: Counter[PciAddress] = Counter()
+        for vf in self.topology.vfs:
+            holder = self.ledger.devices.get(vf.pci.address)
+            left[vf.nic] += holder is None
+            asked[vf.nic] -= holder in {vm.name for vm in self.others}
+        scarce = {nic for nic, count in asked.items() if 0 < count >= left[nic]}
+        return defined | {vf.pci.address for vf in self.topology.vfs if vf.nic in scarce}
+
+
+def _is_called(nic: Nic, source: str) -> bool:
+    """Whether a network's source is this NIC, by interface or PCI address."""
+    if source in nic.interfaces:
+        return True
+    try:
+        return PciAddress.parse(source) == nic.pci.address
+    except ValueError:
+        return False
+
+
+def with_strays(health: HealthReport, topology: Topology, current: CurrentState) -> HealthReport:
+    """Add VFs that are on vfio-pci though no domain has them: some program does."""
+    held = {address for d in current.domains for address in d.facts.devices}
+    held |= {address for d in current.domains if d.live for address in d.live.devices}
+    strays = tuple(
+        DeviceHealth(
+            vf.pci.address, DeviceState.UNBOUND, "is bound to vfio-pci, but no domain has it"
+        )
+        for vf in topology.vfs
+        if vf.pci.driver == VFIO and vf.pci.address not in held and health.usable(vf.pci.address)
+    )
+    return replace(health, devices=(*health.devices, *strays)) if strays else health
