@@ -219,9 +219,8 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     catalogue = images.catalogue(site.root)
     spec = site.load_spec(None)  # of its images, each VM is told by itself
     platform, topology = platforms.survey(site.root)
-    health = host_health.assess(topology, site.root, platform.fabric_model)
     current = read_current(hypervisor, spec)
-    health = with_strays(health, topology, current)
+    health = _health(site, platform, topology, current)
     foreign = {domain.name for domain in current.domains if not domain.managed}
     ours = replace(spec, vms=tuple(vm for vm in spec.vms if vm.name not in foreign))
     holdings = holdings_of(current, topology, spec, intent)
@@ -265,6 +264,13 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     )
     used = tuple(needed)
     return Situation(inputs, current, placements, kept, definitions, notes, site, used, renewed)
+
+
+def _health(
+    site: Site, platform: Platform, topology: Topology, current: CurrentState
+) -> HealthReport:
+    observed = host_health.assess(topology, site.root, platform.fabric_model)
+    return with_strays(observed, topology, current)
 
 
 def _around(
