@@ -88,7 +88,8 @@ class VfChoice:
         nics = self._nics(source, kept)
         vfs = [vf for vf in self.topology.vfs if vf.nic in nics]
         refusals = {vf: self.assignable.refusal(vf.pci.address, vm.name) for vf in vfs}
-        refusals |= {vf: f"{vm.name} has it" for vf in vfs if vf.pci.address in taken}
+        for vf in (vf for vf in vfs if vf.pci.address in taken):
+            refusals[vf] = f"{self.topology.device_name(vf.pci.address)} is for another network"
         free = [vf for vf in vfs if refusals[vf] is None]
         if not free:
             whose = f"NIC {nics[next(iter(nics))].name}" if len(nics) == 1 else "the host"
