@@ -13,6 +13,8 @@ import pytest
 from hosts import ALL, SimulatedHost
 from machines import SAMPLE_VF, bind, change, device_path, keep_with_host, make_vfs, own, set_flags
 
+from dgx_kvm_sw.cli import show
+from dgx_kvm_sw.cli.output import View
 from dgx_kvm_sw.cli.room import room
 from dgx_kvm_sw.decide.plan import Intent
 from dgx_kvm_sw.execute import execute
@@ -24,6 +26,7 @@ from dgx_kvm_sw.reconcile import gather
 FAR, FAR_NIC = "enp134s0f0", "0000:86:00.0"
 NEAR, NEAR_NIC = "near0", "0000:35:00.0"
 FAR_VFS = [*(f"0000:86:00.{n}" for n in range(2, 8)), "0000:86:01.0", "0000:86:01.1"]
+PLAIN = View(100, False, True)
 NEAR_VFS = ["0000:35:10.0", "0000:35:10.1"]
 WITHOUT_VFS = "enp134s0f1"
 
@@ -402,3 +405,51 @@ def test_a_change_of_the_hosts_vfs_spoils_a_saved_plan(at: SimulatedHost) -> Non
     change(at.root, SAMPLE_VF, "device", "0x1019")
     at.plan()
     assert at.situation.fingerprint != before
+
+
+# -- what operators see -----------------------------------------------------------------------
+
+
+def test_explain_says_whose_it_is_and_how_far(at: SimulatedHost) -> None:
+    at.declare(vm("a", "auto", FAR, more="gpus: 1, pin: [0]"))
+    at.plan()
+    text = " ".join(show.explain(at.situation, "a", PLAIN).split())
+    assert f"VFs {NEAR_VFS[0]}: of NIC {NEAR}, same PCIe switch as GPU 0" in text
+    assert f"{FAR_VFS[0]}: of NIC {FAR}, NUMA node 1, far from GPU 0" in text
+
+
+def test_a_refusal_that_holds_for_all_sets_is_said_once(at: SimulatedHost) -> None:
+    at.declare(vm("a", WITHOUT_VFS, more="gpus: 1"))
+    at.plan()
+    assert show.explain(at.situation, "a", PLAIN).count("has no virtual functions") == 1
+
+
+def test_status_shows_who_has_which(at: SimulatedHost) -> None:
+    at.declare(vm("a", FAR), vm("b", NEAR, FAR))
+    at.settle()
+    set_flags(at.root, FAR_VFS[7], 0x1003)
+    at.plan()
+    (row,) = [line for line in show.status(at.situation, PLAIN).splitlines() if "VFs" in line]
+    assert [part.strip() for part in row.split("VFs")] == ["", "B ·", "A B · · · · · ▒"]
+    found = {each["address"]: each for each in show.status_json(at.situation)["devices"]}
+    assert (found[FAR_VFS[1]]["kind"], found[FAR_VFS[1]]["index"]) == ("vf", 1)
+    assert (found[FAR_VFS[1]]["holder"], found[FAR_VFS[1]]["in_use"]) == ("b", True)
+    assert found[FAR_VFS[7]]["kept_by_host"] is True
+
+
+def test_the_hosts_own_use_of_a_vf_is_no_fault_but_a_silent_one_is(at: SimulatedHost) -> None:
+    up(at)
+    at.plan()
+    assert "Faults" not in show.status(at.situation, PLAIN)
+    silent(at)
+    at.plan()
+    text = show.status(at.situation, PLAIN)
+    assert f"VF 0 of NIC {FAR} ({SAMPLE_VF})  does not answer on the PCI bus" in text
+
+
+def test_the_tree_counts_them(at: SimulatedHost) -> None:
+    at.plan()
+    situation = at.situation
+    text = show.topology(situation.topology, situation.platform, situation.health, PLAIN)
+    (line,) = [line for line in text.splitlines() if FAR in line]
+    assert line.endswith(f"{FAR}, 8/8 VFs")
