@@ -17,6 +17,7 @@ from dgx_kvm_sw.cli import show
 from dgx_kvm_sw.cli.output import View
 from dgx_kvm_sw.cli.room import room
 from dgx_kvm_sw.decide.plan import Intent
+from dgx_kvm_sw.decide.seed import desired_seed
 from dgx_kvm_sw.execute import execute
 from dgx_kvm_sw.model.actions import Effect
 from dgx_kvm_sw.model.placement import Unplaceable
@@ -307,6 +308,7 @@ def test_what_others_use_is_not_free(
         in (found.reasons[0])
     )
     assert reason in found.reasons[0]
+    assert ("ACS" if use is in_a_shared_group else "free one") in found.remedies[0]
 
 
 def test_a_device_in_the_iommu_group_of_a_vf_is_not_given_away(at: SimulatedHost) -> None:
@@ -346,6 +348,17 @@ def test_the_domain_has_it_by_its_address_with_a_mac_of_its_own(at: SimulatedHos
     ports = {c.index: c for c in at.domain("a").facts.controllers}
     (gpu, *_) = (h for h in at.domain("a").facts.hostdevs if str(h.source) == "0000:34:00.0")
     assert ports[gpu.bus].bus == ports[interface.vf.bus].bus  # ports of one switch
+
+
+def test_the_guest_finds_it_by_the_mac_that_libvirt_gives_it(at: SimulatedHost) -> None:
+    address = "{vf: auto, address: 10.1.0.5/24}"
+    at.declare(f"name: a, gpus: 1, networks: [{{bridge: br0}}, {address}]")
+    at.settle()
+    (spec,) = at.situation.spec.vms
+    seed = desired_seed(spec, at.site.machine_id(), at.domain("a").facts.uuid)
+    macs = [interface.mac for interface in at.domain("a").facts.interfaces]
+    assert [network.mac for network in seed.networks] == macs
+    assert seed.networks[1].addressing.addresses == ("10.1.0.5/24",)
 
 
 def test_a_change_of_the_vlan_waits_for_a_restart(at: SimulatedHost) -> None:

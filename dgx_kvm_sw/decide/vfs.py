@@ -24,6 +24,8 @@ _KEEP = (
 )
 _FREE = "free one, or make more by SR-IOVVirtualFunctions= in the NIC's systemd.link file"
 
+_APART = "switch on ACS in the firmware setup, or move the NIC to another slot"
+
 
 class NoVf(Exception):
     """Why a network cannot have its VF, as a sentence part, and what to do."""
@@ -94,7 +96,8 @@ class VfChoice:
         if not free:
             whose = f"NIC {nics[next(iter(nics))].name}" if len(nics) == 1 else "the host"
             first = next(reason for reason in refusals.values() if reason)
-            raise NoVf(f"{whose} has {len(vfs)} VFs and none is free: {first}", _FREE)
+            remedy = _APART if "IOMMU group" in first else _FREE
+            raise NoVf(f"{whose} has {len(vfs)} VFs and none is free: {first}", remedy)
         return free
 
     def _nics(self, source: str, kept: PciAddress | None) -> dict[PciAddress, Nic]:
