@@ -428,7 +428,7 @@ def test_explain_says_whose_it_is_and_how_far(at: SimulatedHost) -> None:
     at.plan()
     text = " ".join(show.explain(at.situation, "a", PLAIN).split())
     assert f"VFs {NEAR_VFS[0]}: of NIC {NEAR}, same PCIe switch as GPU 0" in text
-    assert f"{FAR_VFS[0]}: of NIC {FAR}, NUMA node 1, far from GPU 0" in text
+    assert f"{FAR_VFS[0]}: of NIC {FAR}, NUMA node 1, far from GPU 0 node" in text
 
 
 def test_a_refusal_that_holds_for_all_sets_is_said_once(at: SimulatedHost) -> None:

@@ -194,16 +194,17 @@ def _near(situation: Situation, placement: Placement) -> list[_Near]:
         by_words: dict[str, list[PciAddress]] = {}
         for pci in devices:
             if pci.address in chosen:
-                words = f"{_of_nic(topology, pci)}{_distance(situation, pci, gpus)}"
+                words = _distance(situation, pci, gpus)
+                if nic := _its_nic(topology, pci):  # which the file may have named
+                    words = f"of NIC {nic}, {words.partition(';')[0]}"
                 by_words.setdefault(words, []).append(pci.address)
         result += [_Near(kind, tuple(found), words) for words, found in by_words.items()]
     return result
 
 
-def _of_nic(topology: Topology, pci: PciDevice) -> str:
-    """Whose virtual function it is, if it is one."""
-    nics = (topology.nic(vf.nic).name for vf in topology.vfs if vf.pci == pci)
-    return next((f"of NIC {name}, " for name in nics), "")
+def _its_nic(topology: Topology, pci: PciDevice) -> str:
+    """The name of the NIC whose virtual function it is, if it is one."""
+    return next((topology.nic(vf.nic).name for vf in topology.vfs if vf.pci == pci), "")
 
 
 def _distance(situation: Situation, pci: PciDevice, gpus: dict[int, PciDevice]) -> str:

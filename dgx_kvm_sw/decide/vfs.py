@@ -23,7 +23,6 @@ _KEEP = (
     " the host makes VFs only of what it keeps"
 )
 _FREE = "free one, or make more by SR-IOVVirtualFunctions= in the NIC's systemd.link file"
-
 _APART = "switch on ACS in the firmware setup, or move the NIC to another slot"
 
 
@@ -56,38 +55,35 @@ class VfChoice:
         spoken_for = self._spoken_for()
         chosen: dict[int, PciAddress] = {}
         for number, source in sorted(asked, key=lambda each: each[1] == AUTO):
-            kept = self.own[number] if number < len(self.own) else None
-            if kept in chosen.values() or not self._serves(kept, source):
-                kept = None
-            free = self._free(vm, source, frozenset(chosen.values()), kept)
-
-            def rank(vf: VirtualFunction, kept: PciAddress | None = kept) -> tuple[int, ...]:
-                address = vf.pci.address
-                return (
-                    address != kept,
-                    address in spoken_for,
-                    address in self.own,
-                    order[vf.nic],
-                    vf.index,
-                )
-
-            chosen[number] = min(free, key=rank).pci.address
+            taken = frozenset(chosen.values())
+            if kept := self._kept(vm, number, source, taken):
+                chosen[number] = kept
+                continue
+            free = ((vf.pci.address, vf) for vf in self._free(vm, source, taken))
+            chosen[number] = min(
+                (address in spoken_for, address in self.own, order[vf.nic], vf.index, address)
+                for address, vf in free
+            )[-1]
         return tuple(chosen[number] for number, _ in asked)
 
     def _by_distance(self, gpus: list[PciDevice], nodes: list[int]) -> list[PciDevice]:
         nics = [nic.pci for nic in self.topology.nics]
         return nearest(self.topology, gpus, nics, nodes)
 
-    def _serves(self, address: PciAddress | None, source: str) -> bool:
-        """Whether a VF is there, of the NIC that is asked for."""
-        found = (vf for vf in self.topology.vfs if vf.pci.address == address)
-        return any(source == AUTO or _is_called(self.topology.nic(vf.nic), source) for vf in found)
+    def _kept(
+        self, vm: VmSpec, number: int, source: str, taken: frozenset[PciAddress]
+    ) -> PciAddress | None:
+        """The VF that this network has already, if it still is one that it may have."""
+        own = self.own[number] if number < len(self.own) else None
+        for vf in (vf for vf in self.topology.vfs if vf.pci.address == own):
+            asked = source == AUTO or _is_called(self.topology.nic(vf.nic), source)
+            if asked and own not in taken and not self.assignable.refusal(vf.pci.address, vm.name):
+                return own
+        return None
 
-    def _free(
-        self, vm: VmSpec, source: str, taken: frozenset[PciAddress], kept: PciAddress | None
-    ) -> list[VirtualFunction]:
+    def _free(self, vm: VmSpec, source: str, taken: frozenset[PciAddress]) -> list[VirtualFunction]:
         """VFs that a network may have; raises NoVf where there is none."""
-        nics = self._nics(source, kept)
+        nics = self._nics(source)
         vfs = [vf for vf in self.topology.vfs if vf.nic in nics]
         refusals = {vf: self.assignable.refusal(vf.pci.address, vm.name) for vf in vfs}
         for vf in (vf for vf in vfs if vf.pci.address in taken):
@@ -100,8 +96,8 @@ class VfChoice:
             raise NoVf(f"{whose} has {len(vfs)} VFs and none is free: {first}", remedy)
         return free
 
-    def _nics(self, source: str, kept: PciAddress | None) -> dict[PciAddress, Nic]:
-        """NICs whose VFs a network may have. What the VM has already it keeps, come what may."""
+    def _nics(self, source: str) -> dict[PciAddress, Nic]:
+        """NICs whose VFs a network may have; raises NoVf where there is none."""
         having = {vf.nic for vf in self.topology.vfs}
         asked = [n for n in self.topology.nics if _is_called(n, source)]
         if source == AUTO:
@@ -111,12 +107,10 @@ class VfChoice:
         if not asked:
             names = ", ".join(nic.name for nic in self.topology.nics if nic.interfaces)
             raise NoVf(f"there is no NIC {source}", f"NICs of the host: {names or 'none'}")
-        own = {vf.nic for vf in self.topology.vfs if vf.pci.address == kept}
-        faults = {n: self._fault(n) for n in asked if n.pci.address not in own}
-        useful = {n.pci.address: n for n in asked if not faults.get(n)}
-        if not useful:
+        faults = {nic: self._fault(nic) for nic in asked}
+        if all(faults.values()):
             raise NoVf(*next(fault for fault in faults.values() if fault))
-        return useful
+        return {nic.pci.address: nic for nic in asked if not faults[nic]}
 
     def _fault(self, nic: Nic) -> tuple[str, str] | None:
         """Why no VM can have a VF of this NIC, and what to do."""
