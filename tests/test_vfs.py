@@ -147,6 +147,14 @@ def test_each_network_keeps_its_own(at: SimulatedHost) -> None:
     assert placed(at, "a") == [FAR_VFS[0], second]
 
 
+def test_a_network_that_comes_does_not_take_the_vf_of_another(at: SimulatedHost) -> None:
+    at.declare(vm("a", "auto", more="gpus: 1, pin: [0], state: stopped"))
+    at.settle()
+    assert placed(at, "a") == [NEAR_VFS[0]]
+    at.declare(vm("a", "auto", NEAR, more="gpus: 1, pin: [0], state: stopped"))
+    assert placed(at, "a") == NEAR_VFS
+
+
 def test_a_running_vm_keeps_its_vf_while_its_nic_is_down(at: SimulatedHost) -> None:
     at.declare(vm("a", FAR))
     at.settle()
