@@ -6,6 +6,7 @@ of GPUs 0 and 1.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -256,6 +257,11 @@ def in_a_container(at: SimulatedHost) -> None:
     interface.rmdir()
 
 
+def at_a_driver_of_programs(at: SimulatedHost) -> None:
+    shutil.rmtree(device_path(at.root, SAMPLE_VF) / "net")
+    bind(at.root, SAMPLE_VF, "uio_pci_generic")
+
+
 def of_some_program(at: SimulatedHost) -> None:
     bind(at.root, SAMPLE_VF, "vfio-pci")
 
@@ -290,7 +296,8 @@ def of_a_foreign_domain_as_a_mere_device(at: SimulatedHost) -> None:
         (up, "is the host's: enp134s0f0v0 is up"),
         (in_a_bridge, "is the host's: enp134s0f0v0 carries another link"),
         (under_a_vlan, "is the host's: enp134s0f0v0 carries another link"),
-        (in_a_container, "is bound to mlx5_core and has no network interface here"),
+        (in_a_container, "in another network namespace, so a container has it"),
+        (at_a_driver_of_programs, "is bound to uio_pci_generic, so some program has it"),
         (of_some_program, "is bound to vfio-pci, but no domain has it"),
         (in_a_shared_group, "shares an IOMMU group with VF 1 of NIC enp134s0f0"),
         (in_quarantine, "lost"),
@@ -317,6 +324,17 @@ def test_what_others_use_is_not_free(
     )
     assert reason in found.reasons[0]
     assert ("ACS" if use is in_a_shared_group else "free one") in found.remedies[0]
+
+
+def test_a_driver_may_take_time_to_make_the_interface(at: SimulatedHost) -> None:
+    """As after the VM was stopped, when libvirt has just given it back."""
+    at.declare(vm("a", FAR) + ", state: stopped")
+    at.settle()
+    shutil.rmtree(device_path(at.root, SAMPLE_VF) / "net")
+    bind(at.root, SAMPLE_VF, "iavf")
+    at.declare(vm("a", FAR))
+    at.settle()
+    assert at.domain("a").running and placed(at, "a") == [SAMPLE_VF]
 
 
 def test_a_device_in_the_iommu_group_of_a_vf_is_not_given_away(at: SimulatedHost) -> None:

@@ -76,15 +76,18 @@ def host_use(address: PciAddress, root: Root) -> str:
     """Say how the host uses a virtual function; "" where it does not.
 
     One that a VM may have is at its network driver, idle, as libvirt moves it, or already on
-    vfio-pci. Without an interface that we see, one at a driver is a container's or a program's.
+    vfio-pci. A driver may take seconds to make its interface; where the kernel has one that we do
+    not see, it is in another network namespace.
     """
     folder = f"/sys/bus/pci/devices/{address}"
     driver = root.link_name(f"{folder}/driver")
     if driver is None or driver == VFIO:
         return ""
+    if "uio" in driver or "vfio" in driver:
+        return f"is bound to {driver}, so some program has it"
     names = root.names(f"{folder}/net")
-    if not names:
-        return f"is bound to {driver} and has no network interface here, so somebody uses it"
+    if not names and root.exists(f"{folder}/net"):
+        return "has its interface in another network namespace, so a container has it"
     if is_up(str(root.path(folder))):
         return f"is the host's: {names[0]} is up"
     for name in names:
