@@ -20,7 +20,7 @@ from dgx_kvm_sw.cli.room import room
 from dgx_kvm_sw.decide.plan import Intent
 from dgx_kvm_sw.decide.seed import desired_seed
 from dgx_kvm_sw.execute import execute
-from dgx_kvm_sw.model.actions import Effect
+from dgx_kvm_sw.model.actions import DefineDomain, Effect
 from dgx_kvm_sw.model.placement import Unplaceable
 from dgx_kvm_sw.model.spec import Network, NetworkKind
 from dgx_kvm_sw.reconcile import gather
@@ -148,6 +148,19 @@ def test_each_network_keeps_its_own(at: SimulatedHost) -> None:
     assert placed(at, "a") == [FAR_VFS[0], second]
 
 
+def test_what_waits_for_a_restart_stays_what_it_is(at: SimulatedHost) -> None:
+    at.declare(vm("a", FAR), vm("b", FAR))
+    at.settle()
+    at.declare(vm("a", NEAR), vm("b", FAR))
+    at.settle()
+    (interface,) = at.domain("a").facts.interfaces
+    assert interface.vf is not None and str(interface.vf.source) == NEAR_VFS[0]
+    for _ in range(2):
+        assert placed(at, "a") == [NEAR_VFS[0]]
+        assert not [a for a in at.plan().actions if isinstance(a, DefineDomain)]
+        at.settle()
+
+
 def test_a_network_that_comes_does_not_take_the_vf_of_another(at: SimulatedHost) -> None:
     at.declare(vm("a", "auto", more="gpus: 1, pin: [0], state: stopped"))
     at.settle()
@@ -168,6 +181,13 @@ def test_a_vf_that_is_gone_is_replaced(at: SimulatedHost) -> None:
     at.declare(vm("a", FAR) + ", state: stopped")
     at.settle()
     (device_path(at.root, FAR_NIC) / "virtfn0").unlink()
+    assert placed(at, "a") == [FAR_VFS[1]]
+
+
+def test_a_vf_that_the_host_took_while_its_vm_was_off_is_replaced(at: SimulatedHost) -> None:
+    at.declare(vm("a", FAR) + ", state: stopped")
+    at.settle()
+    up(at)
     assert placed(at, "a") == [FAR_VFS[1]]
 
 

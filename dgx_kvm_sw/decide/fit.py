@@ -87,9 +87,11 @@ def choose_vfs(
         return ()
     assignable = Assignable(inputs.topology, inputs.health, ledger)
     others = tuple(other for other in inputs.spec.vms if other.name != vm.name)
-    held = inputs.holding(vm)
-    own = held.vfs if held else ()
-    choice = VfChoice(inputs.topology, assignable, ledger, inputs.holdings, others, own)
+    first = inputs.holding(vm)
+    own = [held for held in inputs.holdings if held.vm == vm.name and held.ours]
+    own.sort(key=lambda held: held != first)  # one that runs with an older definition has two
+    vfs = tuple(held.vfs for held in own)
+    choice = VfChoice(inputs.topology, assignable, ledger, inputs.holdings, others, vfs)
     return choice.choose(vm, gpus, nodes)
 
 

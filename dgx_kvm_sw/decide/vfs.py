@@ -43,7 +43,7 @@ class VfChoice:
     ledger: Ledger
     holdings: tuple[Holding, ...]
     others: tuple[VmSpec, ...]  # of the file
-    own: tuple[PciAddress | None, ...]  # that the VM has, by network interface
+    own: tuple[tuple[PciAddress | None, ...], ...]  # by network interface, as Holding.vfs
 
     def choose(self, vm: VmSpec, gpus: list[PciDevice], nodes: list[int]) -> tuple[PciAddress, ...]:
         """Return a VF for each network that asks for one, in order; raises NoVf.
@@ -52,7 +52,8 @@ class VfChoice:
         """
         asked = [(n, net.source) for n, net in enumerate(vm.networks) if net.kind is NetworkKind.VF]
         order = {pci.address: far for far, pci in enumerate(self._by_distance(gpus, nodes))}
-        spoken_for = self._spoken_for()
+        own = {address for vfs in self.own for address in vfs}
+        spoken_for = self._spoken_for() - own
         chosen: dict[int, PciAddress] = {}
         for number, source in sorted(asked, key=lambda each: each[1] == AUTO):
             taken = frozenset(chosen.values())
@@ -61,7 +62,7 @@ class VfChoice:
                 continue
             free = ((vf.pci.address, vf) for vf in self._free(vm, source, taken))
             chosen[number] = min(
-                (address in spoken_for, address in self.own, order[vf.nic], vf.index, address)
+                (address in spoken_for, address in own, order[vf.nic], vf.index, address)
                 for address, vf in free
             )[-1]
         return tuple(chosen[number] for number, _ in asked)
@@ -74,10 +75,12 @@ class VfChoice:
         self, vm: VmSpec, number: int, source: str, taken: frozenset[PciAddress]
     ) -> PciAddress | None:
         """The VF that this network has already, if it still is one that it may have."""
-        own = self.own[number] if number < len(self.own) else None
-        for vf in (vf for vf in self.topology.vfs if vf.pci.address == own):
-            asked = source == AUTO or _is_called(self.topology.nic(vf.nic), source)
-            if asked and own not in taken and not self.assignable.refusal(vf.pci.address, vm.name):
+        there = {vf.pci.address: self.topology.nic(vf.nic) for vf in self.topology.vfs}
+        for own in (vfs[number] for vfs in self.own if number < len(vfs)):
+            if own is None or own not in there or own in taken:
+                continue
+            asked = source == AUTO or _is_called(there[own], source)
+            if asked and not self.assignable.refusal(own, vm.name):
                 return own
         return None
 
@@ -132,7 +135,7 @@ class VfChoice:
         """VFs that are better left: other VMs are defined with them, or name a NIC that has no
         more free ones than they ask for.
         """
-        defined = {vf for held in self.holdings for vf in held.vfs if vf} - set(self.own)
+        defined = {vf for held in self.holdings for vf in held.vfs if vf}
         asked: Counter[PciAddress] = Counter()
         for nic in self.topology.nics:
             for vm in self.others:
