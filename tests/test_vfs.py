@@ -114,6 +114,13 @@ def test_auto_leaves_what_another_vm_names(at: SimulatedHost) -> None:
     assert placed(at, "b") == NEAR_VFS
 
 
+def test_auto_takes_the_last_one_when_that_vm_has_its_own(at: SimulatedHost) -> None:
+    at.declare(vm("b", NEAR))
+    at.settle()
+    at.declare(vm("b", NEAR), vm("a", "auto", more="gpus: 1, pin: [0]"))
+    assert placed(at, "a") == [NEAR_VFS[1]]
+
+
 # -- what it has, it keeps --------------------------------------------------------------------
 
 
@@ -146,6 +153,17 @@ def test_each_network_keeps_its_own(at: SimulatedHost) -> None:
     assert placed(at, "a") == [first, second]
     at.declare(vm("a", FAR, "auto", more="gpus: 1, pin: [0], state: stopped"))
     assert placed(at, "a") == [FAR_VFS[0], second]
+
+
+def test_a_running_vm_that_grows_leaves_a_stopped_one_what_it_is_defined_with(
+    at: SimulatedHost,
+) -> None:
+    off = vm("off", FAR) + ", state: stopped"
+    at.declare(off, vm("a", FAR))
+    at.settle()
+    at.declare(off, vm("a", FAR, FAR))
+    assert placed(at, "a") == [FAR_VFS[1], FAR_VFS[2]]
+    assert placed(at, "off") == [FAR_VFS[0]]
 
 
 def test_what_waits_for_a_restart_stays_what_it_is(at: SimulatedHost) -> None:
