@@ -218,6 +218,9 @@ def test_restart_hands_a_vf_from_one_vm_to_another(at: SimulatedHost) -> None:
         bind(at.root, vf, "vfio-pci")
     at.declare(f"name: a, {one}", vm("b", NEAR))
     assert refused_now(at) == ["b"]
+    at.settle()  # now it only runs with them, and is defined without
+    assert refused_now(at) == ["b"]
+    assert "is held by a" in at.situation.placements.unplaceable[0].reasons[0]
     assert placed(at, "b", ALL) == [NEAR_VFS[0]]
     at.settle(ALL)
     assert [i.vf is None for i in at.domain("a").facts.interfaces] == []
