@@ -127,7 +127,7 @@ clean:
 .cache/installed-lab: PACKAGES := $(BUILD_PACKAGES) $(OFFLINE_PACKAGES) mmdebstrap util-linux
 .cache/installed-images: PACKAGES := $(RUN_PACKAGES) mmdebstrap debian-archive-keyring dosfstools \
 	dpkg-dev e2fsprogs fdisk kmod mtools qemu-utils
-.cache/installed-boot: PACKAGES := $(TEST_PACKAGES) lintian openssh-client xorriso
+.cache/installed-boot: PACKAGES := $(TEST_PACKAGES) lintian openssh-client
 .cache/installed-package: PACKAGES := $(TEST_PACKAGES) $(BUILD_PACKAGES) mmdebstrap piuparts \
 	autopkgtest git $(OFFLINE_PACKAGES)
 .cache/installed-deb: PACKAGES := $(BUILD_PACKAGES)

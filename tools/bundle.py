@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from debian.deb822 import Packages
+
 from tools import archive
 from tools.repository import (
     KEYRING,
@@ -96,6 +98,7 @@ def closure(release: str, packages: Sequence[Path]) -> list[Path]:
         (state / "sources/own.list").write_text(f"deb [trusted=yes] file:{state} ./\n")
         (state / "sources/archive.sources").write_text(archive.sources(release))
         wanted = [_name(package) for package in packages]
+        wanted += [name for package in packages for name in _useful(package)]
         # What libvirt and QEMU merely recommend is a desktop.
         install = ("--no-install-recommends", "--yes", "install", *wanted)
         run("apt-get", "-qq", *_options(state, kept), "update")
@@ -125,6 +128,13 @@ def _chosen(packages: Sequence[Path], names: Sequence[str]) -> list[Path]:
     if unknown := sorted(set(names) - set(known)):
         raise OfflineError(f"{', '.join(unknown)}: not built; there are {', '.join(sorted(known))}")
     return [known[name] for name in sorted(set(names) | {"dgx-kvm-sw"})] if names else [*packages]
+
+
+def _useful(package: Path) -> list[str]:
+    """What it recommends or suggests: the site cannot get LVM later. Of alternatives, the first."""
+    of = Packages(run("dpkg-deb", "-f", str(package))).relations
+    wanted = [*(of["recommends"] or ()), *(of["suggests"] or ())]
+    return [first["name"] for first, *_ in wanted]
 
 
 def _name(package: Path) -> str:

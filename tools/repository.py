@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -115,15 +114,12 @@ def _signer() -> tuple[tuple[str, ...], str]:
 
 def run(*command: str, where: Path | None = None) -> str:
     """Run a command that must succeed and return what it printed."""
-    with tempfile.TemporaryFile("w+") as complaints:
-        done = subprocess.run(
-            command, cwd=where, env={**os.environ, "LC_ALL": "C.UTF-8"},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints,
-            text=True, check=False,
-        )  # fmt: skip
-        complaints.seek(0)
-        if done.returncode:
-            raise OfflineError(f"{command[0]} failed:\n{complaints.read()[-4000:]}")
+    done = subprocess.run(
+        command, cwd=where, env={**os.environ, "LC_ALL": "C.UTF-8"},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise OfflineError(f"{command[0]} failed:\n{done.stderr[-4000:]}")
     return done.stdout
 
 

@@ -42,14 +42,16 @@ class Guest:
             timeout=seconds, check=False,
         )  # fmt: skip
         if done.returncode:
-            raise GuestError(f"{command}: exit {done.returncode}: {done.stderr}\n{done.stdout}")
+            fault = NoAnswerError if done.returncode == 255 else GuestError
+            raise fault(f"{command}: exit {done.returncode}: {done.stderr}\n{done.stdout}")
         return done.stdout
 
-    def wait_for_ssh(self) -> None:
-        """Wait until the key of the seed opens the guest."""
+    def wait_for_first_boot(self) -> None:
+        """Wait until the key of the seed opens the guest and cloud-init has done all."""
         for _ in range(BOOT_SECONDS // 5):
-            with contextlib.suppress(GuestError, subprocess.TimeoutExpired):
-                self.ssh("true")
+            # Meanwhile the SSH server is started again, when it has got its keys.
+            with contextlib.suppress(NoAnswerError, subprocess.TimeoutExpired):
+                self.ssh("cloud-init status --wait", seconds=900)
                 return
             if self.process.poll() is not None:
                 break
@@ -71,6 +73,10 @@ class Guest:
 
 class GuestError(Exception):
     """The guest does not do what was asked."""
+
+
+class NoAnswerError(GuestError):
+    """SSH itself failed."""
 
 
 @contextlib.contextmanager

@@ -66,8 +66,7 @@ def boot(install: Install, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             folder = tmp_path_factory.mktemp(f"{name}-{firmware}")
             begin = time.monotonic()
             guest = stack.enter_context(booted(install(name).file, firmware, folder))
-            guest.wait_for_ssh()
-            guest.ssh("cloud-init status --wait", seconds=900)
+            guest.wait_for_first_boot()
             print(f"\n{name} by {firmware}: {time.monotonic() - begin:.0f} s to the first login")
             return guest
 

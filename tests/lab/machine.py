@@ -24,6 +24,7 @@ from lab.shape import SHAPES
 from lab.tools import Tools
 
 BOOT = 900  # seconds; many times what the smallest machine needs on an idle host
+UNPACK = 1800.0  # seconds; archives may hold images
 STUCK = ("grub>", "grub rescue>", "(initramfs)", "end Kernel panic", "emergency mode")
 SHARED = (
     "mkdir -p /run/lab && mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 lab /run/lab"
@@ -167,6 +168,15 @@ class Machine:
         where, name = shlex.quote(target), shlex.quote(name)
         self.check(f"{SHARED} && cp -p /run/lab/{name} {where}; r=$?; umount /run/lab; exit $r")
         (self.directory / "share" / shlex.split(name)[0]).unlink()
+
+    def unpack(self, archive: Path, folder: str) -> None:
+        """Have what one folder of a tar holds in this folder of the machine."""
+        self.put(archive, "/srv/archive.tar")
+        self.check(
+            f"mkdir -p {folder} && tar -xf /srv/archive.tar -C {folder} --strip-components=1"
+            " --no-same-owner && rm /srv/archive.tar",
+            UNPACK,
+        )
 
     def get(self, source: str) -> bytes:
         """A file of the machine."""

@@ -29,6 +29,15 @@ STAND_IN = "nvidia-persistenced.service"
 REPOSITORY = LASTING
 SOURCE = "/etc/apt/sources.list.d/dgx-kvm.sources"
 APT = f"apt-get -y -o Dir::Etc::sourcelist={SOURCE} -o Dir::Etc::sourceparts=- "
+TOUR = """\
+# A tour
+
+What an operator types, and what is answered, from a bare host to VMs of two tenants and back. The
+host is an emulated machine: a quarter of a DGX-2, with four V100 and two NVSwitches, Debian's own
+kernel, GRUB, libvirt and QEMU. `make lab-test PART=story` tells this story on every change, and
+wrote this page; its checks are in `tests/lab/story.py`. VMs have 512 MiB and a small system that
+says on its console what it sees.
+"""
 INSTALL, GUESTS = 1800.0, 1200.0  # seconds; several times what TCG needs alone
 
 
@@ -116,18 +125,18 @@ def tell(package: Path, release: str, shape: str) -> None:
 class Tour:
     """What an operator sees of the story, in Markdown."""
 
+    head: str
     parts: list[str] = field(default_factory=list)
 
     def heading(self, text: str) -> None:
         self.parts.append(f"\n## {text[0].upper()}{text[1:]}\n")
 
     def typed(self, command: str, answer: str) -> None:
-        self.parts.append(
-            f"```console\n# {command}\n{answer.rstrip()}\n```\n".replace("\n\n```", "\n```")
-        )
+        shown = f"# {command}\n{answer}".rstrip()
+        self.parts.append(f"```console\n{shown}\n```\n")
 
     def save(self, file: Path) -> Path:
-        file.write_text("\n".join(self.parts).lstrip())
+        file.write_text("\n".join([self.head, *self.parts]))
         return file
 
 
@@ -138,7 +147,7 @@ class Story:
     vms_wanted: tuple[Vm, ...]
     beginning: Facts | None = None
     bundled: bool = False  # what the package depends on came with it
-    tour: Tour = field(default_factory=Tour)
+    tour: Tour = field(default_factory=lambda: Tour(TOUR))
 
     @contextmanager
     def _step(self, text: str) -> Iterator[None]:
@@ -182,12 +191,8 @@ class Story:
         host = self.host
         self.bundled = package.suffix == ".tar"
         if self.bundled:
-            host.put(package, "/srv/bundle.tar")
-            host.check(
-                f"mkdir -p {LASTING} && tar -xf /srv/bundle.tar -C {LASTING} --strip-components=1"
-                f" --no-same-owner && rm /srv/bundle.tar && cp {LASTING}/dgx-kvm.sources {SOURCE}",
-                600,
-            )
+            host.unpack(package, LASTING)
+            host.check(f"cp {LASTING}/dgx-kvm.sources {SOURCE}")
             return
         host.check(f"mkdir -p {REPOSITORY} && chmod 755 /srv {REPOSITORY}")
         host.put(package, f"{REPOSITORY}/{package.name}")

@@ -49,6 +49,11 @@ def test_the_bundle_alone_installs_the_package(site: Machine, deb: Path) -> None
     assert not [name for name in site.files("/etc/apt") if "dgx-kvm" in name]
 
 
+def test_what_the_package_merely_suggests_is_there_too(site: Machine) -> None:
+    site(f"{PLACE}/install.sh", NAME, "lvm2")
+    assert "installed" in site("dpkg-query", "-W", "-f", "${db:Status-Status}", "lvm2")
+
+
 def test_checksums_fit(site: Machine) -> None:
     site("sh", "-c", f"cd '{PLACE}' && sha256sum --quiet --strict -c SHA256SUMS")
     listed = {line.split("  ")[1] for line in site.read(f"{PLACE}/SHA256SUMS").splitlines()}
