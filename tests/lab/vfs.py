@@ -35,7 +35,7 @@ UP = f"""\
 [Match]
 Name={NAME}
 [Link]
-RequiredForOnline=no
+RequiredForOnline=no-carrier
 [Network]
 LinkLocalAddressing=no
 """
