@@ -16,8 +16,10 @@ from dgx_kvm_sw.model.spec import AUTO, NetworkKind, VmSpec
 from dgx_kvm_sw.model.topology import Nic, Topology, VirtualFunction
 
 _ETHERNET = 0x0200
-_README = "/usr/share/doc/dgx-kvm-sw/README.Debian"
-_MAKE = f"make some by SR-IOVVirtualFunctions= in a systemd.link file: {_README} has one"
+_MAKE = (
+    "make some by SR-IOVVirtualFunctions= in a systemd.link file, as shown in:"
+    " zless /usr/share/doc/dgx-kvm-sw/README.Debian.gz"
+)
 _KEEP = (
     "name it in DGX_KVM_KEEP of /etc/default/dgx-kvm, then `dgx-kvm mode kvm` and a reboot:"
     " the host makes VFs only of what it keeps"
