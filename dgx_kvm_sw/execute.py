@@ -375,7 +375,7 @@ class _Run:
         for domain in self.hypervisor.domains():
             if domain.live:
                 facts = domainxml.parse(domain.live)
-                held.update({hostdev.source: facts.name for hostdev in facts.hostdevs})
+                held.update(dict.fromkeys(facts.devices, facts.name))
         return held
 
     def _without_pool(self) -> dict[str, HostError]:

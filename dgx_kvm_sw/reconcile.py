@@ -32,6 +32,7 @@ from dgx_kvm_sw.decide.plan import (
 )
 from dgx_kvm_sw.decide.search import gpu_indexes
 from dgx_kvm_sw.decide.seed import desired_seed
+from dgx_kvm_sw.decide.vfs import with_strays
 from dgx_kvm_sw.guest import domainxml, images
 from dgx_kvm_sw.guest import seed as guest_seed
 from dgx_kvm_sw.guest import spec as spec_file
@@ -220,8 +221,8 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     catalogue = images.catalogue(site.root)
     spec = site.load_spec(None)  # of its images, each VM is told by itself
     platform, topology = platforms.survey(site.root)
-    health = host_health.assess(topology, site.root, platform.fabric_model)
     current = read_current(hypervisor, spec)
+    health = _health(site, platform, topology, current)
     foreign = {domain.name for domain in current.domains if not domain.managed}
     ours = replace(spec, vms=tuple(vm for vm in spec.vms if vm.name not in foreign))
     holdings = holdings_of(current, topology, spec, intent)
@@ -265,6 +266,13 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     )
     used = tuple(needed)
     return Situation(inputs, current, placements, kept, definitions, notes, site, used, renewed)
+
+
+def _health(
+    site: Site, platform: Platform, topology: Topology, current: CurrentState
+) -> HealthReport:
+    observed = host_health.assess(topology, site.root, platform.fabric_model)
+    return with_strays(observed, topology, current)
 
 
 def _around(
@@ -419,6 +427,7 @@ def summary(placement: Placement, topology: Topology) -> str:
         (len(placement.nvswitches), "NVSwitch", "NVSwitches"),
         (len(placement.nics), "NIC", "NICs"),
         (len(placement.drives), "drive", "drives"),
+        (len(placement.vfs), "VF", "VFs"),
     )
     parts += [f"{count} {one if count == 1 else many}" for count, one, many in counts if count]
     parts += [f"{placement.vcpus} threads", f"{placement.memory_mib / 1024:g} GiB"]

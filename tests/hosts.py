@@ -127,12 +127,16 @@ class SimulatedHost:
         name: str,
         *,
         devices: tuple[str, ...] = (),
+        vfs: tuple[str, ...] = (),
         pins: tuple[int, ...] = (),
         memory: int = 1,
         running: bool = True,
     ) -> None:
-        """Make a domain that is not ours, with these PCI devices, CPUs, and GiB of memory."""
+        """Make a domain that is not ours, with these PCI devices, virtual functions as network
+        interfaces, CPUs, and GiB of memory.
+        """
         hostdevs = "".join(_hostdev(device) for device in devices)
+        hostdevs += "".join(_vf(device) for device in vfs)
         tune = "".join(f'<vcpupin vcpu="{v}" cpuset="{cpu}"/>' for v, cpu in enumerate(pins))
         xml = FOREIGN_XML.format(
             name=name,
@@ -148,10 +152,18 @@ class SimulatedHost:
 
 
 def _hostdev(address: str) -> str:
-    domain, bus, rest = address.split(":")
-    slot, function = rest.split(".")
-    place = f'domain="0x{domain}" bus="0x{bus}" slot="0x{slot}" function="0x{function}"'
     return (
         '<hostdev mode="subsystem" type="pci" managed="no">'
-        f"<source><address {place}/></source></hostdev>"
+        f"<source><address {_place(address)}/></source></hostdev>"
     )
+
+
+def _vf(address: str) -> str:
+    source = f'<source><address type="pci" {_place(address)}/></source>'
+    return f'<interface type="hostdev" managed="yes">{source}</interface>'
+
+
+def _place(address: str) -> str:
+    domain, bus, rest = address.split(":")
+    slot, function = rest.split(".")
+    return f'domain="0x{domain}" bus="0x{bus}" slot="0x{slot}" function="0x{function}"'

@@ -273,6 +273,60 @@ def test_nic_that_manages_nvswitches_stays(machine: Machine) -> None:
     assert f"{NIC} stays with the host: it manages NVSwitches" in words
 
 
+def test_nic_with_virtual_functions_stays(machine: Machine) -> None:
+    machine.write(f"sys/bus/pci/devices/{NIC}/sriov_numvfs", "0\n")
+    assert machine() == ([NIC_LINE, DRIVE_LINE], "")
+    machine.write(f"sys/bus/pci/devices/{NIC}/sriov_numvfs", "8\n")
+    lines, words = machine()
+    assert (lines, words) == (
+        [DRIVE_LINE],
+        f"{NIC} stays with the host: it has 8 virtual functions\n",
+    )
+
+
+LINK = "etc/systemd/network/10-vf.link"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[Match]\nPath=pci-{NIC}\n[Link]\nSR-IOVVirtualFunctions=8\n",
+        f"[Match]\nPath = pci-0000:81:00.0 pci-{NIC}\n[Link]\nSR-IOVVirtualFunctions = 16",
+        "[Match]\nPath=pci-0000:05:*\n[SR-IOV]\nVirtualFunction=0\n",
+    ],
+)
+def test_nic_that_is_to_get_virtual_functions_stays(machine: Machine, text: str) -> None:
+    """In KVM mode it is on vfio-pci and has none; only the administrator's file speaks of them."""
+    machine.nic(OTHER_NIC, "ib1")
+    machine.write(LINK, text)
+    lines, words = machine()
+    assert lines == [f"{OTHER_NIC} 0x15b3 0x101b 0x020700", DRIVE_LINE]
+    assert words == f"{NIC} stays with the host: systemd is to make it virtual functions\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[Match]\nPath=pci-{NIC}\n[Link]\nName=ib0\n",
+        f"[Match]\nPath=pci-{NIC}\n[Link]\nSR-IOVVirtualFunctions=0\n",
+        f"[Match]\nPath=pci-{NIC}\n[Link]\n#SR-IOVVirtualFunctions=8\n",
+        "[Match]\nPath=pci-0000:06:00.0\n[Link]\nSR-IOVVirtualFunctions=8\n",
+        "",
+    ],
+)
+def test_other_files_of_links_keep_no_nic(machine: Machine, text: str) -> None:
+    machine.write(LINK, text)
+    assert machine() == ([NIC_LINE, DRIVE_LINE], "")
+
+
+def test_a_file_that_does_not_say_which_nic_is_named(machine: Machine) -> None:
+    machine.write(LINK, "[Match]\nOriginalName=ib0\n[Link]\nSR-IOVVirtualFunctions=8\n")
+    lines, words = machine()
+    assert lines == [NIC_LINE, DRIVE_LINE]
+    assert f"/{LINK} does not say by Path=pci-ADDRESS which NIC" in words
+    assert "DGX_KVM_KEEP" in words
+
+
 # --- IOMMU groups
 
 

@@ -30,12 +30,13 @@ GOLDEN = Path(__file__).parent / "data" / "golden"
 NEW = LibvirtFeatures(allocation_threads=True, maxphysaddr=True)
 OLD = LibvirtFeatures(allocation_threads=False, maxphysaddr=False)
 REST = "networks: [{bridge: br0}, {network: default}, {macvtap: eno1}]"
+VF = "networks: [{vf: auto, vlan: 100}, {bridge: br0}, {vf: enp134s0f0}], pin: [8]"
 SIZES = {"dgx2": (0, 1, 2, 4, 8, 16)}
 CASES = [
     f"{name}-{size}"
     for name in ("dgx2", "dgx-a100", "dgx-h100", "dgx-h200", "dgx-b200")
     for size in SIZES.get(name, (0, 1, 2, 4, 8))
-] + ["dgx-h100-bios", "dgx-h100-seed"]
+] + ["dgx-h100-bios", "dgx-h100-seed", "dgx2-vf"]
 
 Facts = Callable[[str], DomainFacts]
 
@@ -47,11 +48,12 @@ def facts(host: Host) -> Facts:
     def of(case: str) -> DomainFacts:
         name, _, size = case.rpartition("-")
         at = host(name, case)
-        other = {"bios": "2, firmware: bios", "seed": "1, image: debian-12"}
+        other = {"bios": "2, firmware: bios", "seed": "1, image: debian-12", "vf": "1"}
+        rest = VF if size == "vf" else REST
         add(at.root, "debian-12")
         gpus = other.get(size, size)
         at.declare(
-            f"name: vm, gpus: {gpus}, tenant: hr, disks: [{{name: data, size: 1GiB}}], {REST}",
+            f"name: vm, gpus: {gpus}, tenant: hr, disks: [{{name: data, size: 1GiB}}], {rest}",
             head="tenants: {hr: {}}\n",
         )
         at.plan()
@@ -114,7 +116,9 @@ def test_libvirt_takes_and_keeps_it(facts: Facts, host: Host, case: str) -> None
     not (shutil.which("virt-xml-validate") and shutil.which("xmllint")),
     reason="libvirt-clients and libxml2-utils not installed",
 )
-@pytest.mark.parametrize("case", ["dgx2-16", "dgx-a100-1", "dgx-h100-seed", "dgx-h100-bios"])
+@pytest.mark.parametrize(
+    "case", ["dgx2-16", "dgx2-vf", "dgx-a100-1", "dgx-h100-seed", "dgx-h100-bios"]
+)
 def test_golden_files_follow_libvirts_schema(case: str) -> None:
     done = subprocess.run(
         ["virt-xml-validate", GOLDEN / f"{case}.xml", "domain"],
@@ -158,6 +162,17 @@ def test_devices_are_handed_over_by_nobody_but_us(golden: Element) -> None:
         rom, driver = hostdev.find("rom"), hostdev.find("driver")
         assert rom is not None and rom.get("bar") == "off"
         assert driver is not None and driver.get("name") == "vfio"
+
+
+def test_virtual_functions_are_libvirts_to_set_up() -> None:
+    """It sets MAC address and VLAN by the NIC, for which it must be the one that detaches them."""
+    golden = ElementTree.parse(GOLDEN / "dgx2-vf.xml").getroot()
+    vfs = golden.findall("devices/interface[@type='hostdev']")
+    assert [vf.get("managed") for vf in vfs] == ["yes"] * 2
+    assert [vf.find("mac") is not None and vf.find("model") is None for vf in vfs] == [True] * 2
+    assert [tag.get("id") for vf in vfs for tag in vf.iterfind("vlan/tag")] == ["100"]
+    kinds = [interface.get("type") for interface in golden.iterfind("devices/interface")]
+    assert kinds == ["hostdev", "bridge", "hostdev"]  # as in the file: MAC addresses go by place
 
 
 def test_every_vcpu_has_one_cpu_of_its_own(golden: Element) -> None:
@@ -318,6 +333,12 @@ def test_unbound_cells_and_several_nodes_are_not_taken_for_one() -> None:
         ("<interface type='bridge'><source bridge='br0'/></interface>", "bridge", "br0"),
         ("<interface type='network'><source network='n'/></interface>", "network", "n"),
         ("<interface type='direct'><source dev='e1'/></interface>", "macvtap", "e1"),
+        (
+            "<interface type='hostdev'><source><address type='pci' domain='0x0000' bus='0x86'"
+            " slot='0x00' function='0x2'/></source></interface>",
+            "vf",
+            "0000:86:00.2",
+        ),
     ],
 )
 def test_networks_are_read(element: str, kind: str, source: str) -> None:

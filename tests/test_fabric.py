@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from machines import bind, own, silence, unplug
+from machines import SAMPLE_VF, bind, own, set_flags, silence, unplug
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.host.fabric import Fabric, fabric_for
@@ -43,6 +43,24 @@ def test_a_vm_without_devices_needs_nothing(fabric: Fabric) -> None:
     fabric.prepare(None, ())
     fabric.verify(None, ())
     fabric.release(())
+
+
+def test_a_virtual_function_is_ready_at_the_hosts_driver_while_its_nic_is_up(
+    root: Root, fabric: Fabric
+) -> None:
+    vf = PciAddress.parse(SAMPLE_VF)
+    fabric.prepare(None, (vf,))
+    bind(root, vf, "vfio-pci")  # of the VM's own, when it is to restart
+    fabric.verify(None, (vf,))
+    set_flags(root, "0000:86:00.0", 0x1002)
+    with pytest.raises(HostError, match=r"function of NIC 0000:86:00\.0, which is down"):
+        fabric.prepare(None, (vf,))
+
+
+def test_a_virtual_function_that_the_host_took_is_not_ready(root: Root, fabric: Fabric) -> None:
+    set_flags(root, SAMPLE_VF, 0x1003)
+    with pytest.raises(HostError, match="is the host's: enp134s0f0v0 is up"):
+        fabric.prepare(None, (PciAddress.parse(SAMPLE_VF),))
 
 
 @pytest.mark.parametrize("moment", ["prepare", "verify"])

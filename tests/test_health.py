@@ -7,7 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from machines import MACHINES, bind, change, own, silence, unplug
+from machines import (
+    MACHINES,
+    SAMPLE_VF,
+    bind,
+    change,
+    device_path,
+    own,
+    set_flags,
+    silence,
+    unplug,
+)
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.host.health import QUARANTINE, assess
@@ -103,6 +113,27 @@ def test_a_silent_device_has_failed(dgx2: Root) -> None:
     silence(dgx2, GPU)
     assert health(dgx2, GPU).state is DeviceState.FAILED
     assert health(dgx2, GPU).reason == "does not answer on the PCI bus"
+
+
+def test_a_virtual_function_has_no_vendor_on_the_bus_and_yet_answers(dgx2: Root) -> None:
+    """Its vendor and device read as ones (SR-IOV specification, 3.4.1.1)."""
+    config = device_path(dgx2, SAMPLE_VF) / "config"
+    assert config.read_bytes()[:4] == b"\xff" * 4
+    assert health(dgx2, SAMPLE_VF).state is DeviceState.OK
+    silence(dgx2, SAMPLE_VF)
+    assert health(dgx2, SAMPLE_VF).state is DeviceState.FAILED
+
+
+def test_an_idle_virtual_function_is_free_at_any_driver_that_libvirt_can_move_it_from(
+    dgx2: Root,
+) -> None:
+    for driver in ("mlx5_core", "vfio-pci", None):
+        bind(dgx2, SAMPLE_VF, driver)
+        assert health(dgx2, SAMPLE_VF).state is DeviceState.OK
+    bind(dgx2, SAMPLE_VF, "mlx5_core")
+    set_flags(dgx2, SAMPLE_VF, 0x1003)
+    assert health(dgx2, SAMPLE_VF).state is DeviceState.UNBOUND
+    assert health(dgx2, SAMPLE_VF).reason == "is the host's: enp134s0f0v0 is up"
 
 
 def test_a_device_that_left_after_discovery_is_absent(dgx2: Root) -> None:

@@ -131,7 +131,7 @@ def test_parts_of_an_os_disk_come_from_where_they_are_said(host: Host) -> None:
         ("image: i, os_disk: {format: raw}", "a raw disk cannot be an overlay", "from: copy"),
         ("disks: [{name: a, size: 1GiB, lvm: v, format: qcow2}]", "a logical volume is raw", ""),
         ("networks: [{macvtap: eno1, vlan: 5}]", "macvtap puts no VLAN tags", "eno1.5"),
-        ("networks: [{nat: true, vlan: 5}]", "goes with bridge only", "remove it"),
+        ("networks: [{nat: true, vlan: 5}]", "goes with bridge and vf only", "remove it"),
     ],
 )
 def test_what_cannot_go_together(host: Host, keys: str, message: str, hint: str) -> None:

@@ -8,7 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from machines import MACHINES, bind, change, device_path, own, unplug, without_numa
+from machines import (
+    MACHINES,
+    SAMPLE_VF,
+    bind,
+    change,
+    device_path,
+    make_vfs,
+    own,
+    set_flags,
+    unplug,
+    without_numa,
+)
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.host.topology import discover
@@ -135,9 +146,44 @@ def test_nvme_multipath_shows_the_disk_and_not_its_path(dgx2: Root) -> None:
     assert discover(dgx2).drives[0].block_devices == ("nvme0n1",)
 
 
-def test_virtual_functions_are_not_devices_of_their_own(dgx2: Root) -> None:
-    (device_path(dgx2, IB_0) / "physfn").symlink_to("../0000:36:00.0")
-    assert IB_0 not in [str(nic.pci.address) for nic in discover(dgx2).nics]
+def test_virtual_functions_are_no_nics_but_their_nics_own(dgx2: Root) -> None:
+    addresses = make_vfs(dgx2, IB_0, 3, "ib0")
+    topology = discover(dgx2)
+    assert not {*addresses, SAMPLE_VF} & {str(nic.pci.address) for nic in topology.nics}
+    found = [vf for vf in topology.vfs if str(vf.nic) == IB_0]
+    assert [(vf.index, str(vf.pci.address)) for vf in found] == list(enumerate(addresses))
+    assert {vf.pci.numa_node for vf in found} == {0}
+    assert topology.device_name(found[2].pci.address) == f"VF 2 of NIC {IB_0} ({addresses[2]})"
+    assert {vf.pci.link for vf in found} == {None}  # the link is that of the NIC
+
+
+def test_vfs_are_numbered_as_the_nic_numbers_them(dgx2: Root) -> None:
+    make_vfs(dgx2, IB_0, 12, "ib0")
+    indexes = [vf.index for vf in discover(dgx2).vfs if str(vf.nic) == IB_0]
+    assert indexes == list(range(12))
+
+
+def test_a_vf_that_is_being_made_is_not_there_yet(dgx2: Root) -> None:
+    dgx2.path(f"/sys/bus/pci/devices/{SAMPLE_VF}").unlink()
+    assert SAMPLE_VF not in [str(vf.pci.address) for vf in discover(dgx2).vfs]
+
+
+def test_the_vfs_of_a_gpu_are_nothing_to_us(dgx2: Root) -> None:
+    (device_path(dgx2, "0000:36:00.0") / "physfn").symlink_to(f"../{GPU_0}")
+    topology = discover(dgx2)
+    assert "0000:36:00.0" not in [str(pci.address) for pci in topology.devices()]
+
+
+@pytest.mark.parametrize(("flags", "up"), [(0x1003, True), (0x1002, False)])
+def test_a_nic_is_up_when_its_interface_is(dgx2: Root, flags: int, up: bool) -> None:
+    set_flags(dgx2, DATA_NIC, flags)
+    assert [nic.up for nic in discover(dgx2).nics if str(nic.pci.address) == DATA_NIC] == [up]
+
+
+def test_vfs_do_not_make_a_card_the_way_to_hidden_nvswitches(dgx2: Root) -> None:
+    """Function 3 of the card is one of its VFs; they have no vital product data."""
+    assert device_path(dgx2, "0000:86:00.3").exists()
+    assert DATA_NIC in [str(nic.pci.address) for nic in discover(dgx2).nics]
 
 
 def test_the_way_to_hidden_nvswitches_is_not_a_free_nic(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ _LABEL = 9  # columns of the words at the left: "NVSwitch "
 _FREE_TEXT = 13  # columns of the words right of a bar: "1024 GiB free"
 _SHORTEST_BAR = 12
 _SAME_SWITCH = 2  # PCIe hops between two devices of one switch
-_ROWS = ("title", "gpu", "cell", "nic", "NVSwitch", "NICs", "drives", "host", "CPUs", "memory")
+_ROWS = (
+    "title", "gpu", "cell", "nic", "NVSwitch", "NICs", "VFs", "drives", "host", "CPUs", "memory"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class _Panel:
     groups: tuple[_Group, ...]
     switches: tuple[PciDevice, ...]
     nics: tuple[PciDevice, ...]  # that are near no GPU
+    vfs: tuple[PciDevice, ...]
     drives: tuple[PciDevice, ...]
     host: str  # what the host keeps, in words
 
@@ -162,6 +165,7 @@ def _panel(situation: Situation, use: NodeUse) -> _Panel:
             if _node_of_board(situation, switch.board) == use.node.id
         ),
         nics=tuple(pci for pci in free_nics if pci.address not in grouped),
+        vfs=tuple(vf.pci for vf in topology.vfs if here(vf.pci)),
         drives=tuple(free_drives),
         host=", ".join(counted(count, kind) for count, kind in counts if count),
     )
@@ -225,7 +229,12 @@ def _drawn(panel: _Panel, signs: Signs, cell: int, width: int) -> dict[str, Line
             for position, group in enumerate(drawn):
                 row = row + (gap if position else "") + group[number]
             rows[key] = row
-    devices = {"NVSwitch": panel.switches, "NICs": panel.nics, "drives": panel.drives}
+    devices = {
+        "NVSwitch": panel.switches,
+        "NICs": panel.nics,
+        "VFs": panel.vfs,
+        "drives": panel.drives,
+    }
     for label, pcis in devices.items():
         if pcis:
             rows[label] = line(f"{label:{_LABEL}}", _signs_of(pcis, signs))

@@ -20,6 +20,7 @@ from dgx_kvm_sw.model.pci import CpuSet, PciAddress, PciDevice
 from dgx_kvm_sw.model.placement import Candidate, Placement, Unplaceable
 from dgx_kvm_sw.model.platform import Partition
 from dgx_kvm_sw.model.spec import VmSpec
+from dgx_kvm_sw.model.topology import Topology
 from dgx_kvm_sw.reconcile import Situation
 
 _PAGES = {0: "ordinary pages", 2048: "2 MiB pages", 1024 * 1024: "1 GiB pages"}
@@ -40,8 +41,9 @@ def explain(situation: Situation, name: str, view: View) -> str:
     if vm and placement:
         lines += section("What it gets", _got(situation, placement, view.width))
         lines += section("Why", sentences(_reasons(situation, vm, placement), view.width))
-    if vm and vm.gpus and not (refused and len(refused.reasons) > 1):
-        found = _candidates(situation, vm)
+    found = _candidates(situation, vm) if vm and vm.gpus else ()
+    said = refused.reasons if refused else ()  # a reason alone hinders all sets alike
+    if vm and found and len(said) < 2 and not any(each.verdict in said for each in found):
         lines += section(f"Sets of {vm.gpus} GPUs" if vm.gpus > 1 else "GPUs", _table(found, view))
     return paint(lines, view)
 
@@ -185,15 +187,24 @@ def _near(situation: Situation, placement: Placement) -> list[_Near]:
             placement.drives,
             [drive.pci for drive in topology.drives],
         ),
+        (_kind("VF", placement.vfs), placement.vfs, [vf.pci for vf in topology.vfs]),
     )
     result = []
     for kind, chosen, devices in kinds:
         by_words: dict[str, list[PciAddress]] = {}
         for pci in devices:
             if pci.address in chosen:
-                by_words.setdefault(_distance(situation, pci, gpus), []).append(pci.address)
+                words = _distance(situation, pci, gpus)
+                if nic := _its_nic(topology, pci):  # which the file may have named
+                    words = f"of NIC {nic}, {words.partition(';')[0]}"
+                by_words.setdefault(words, []).append(pci.address)
         result += [_Near(kind, tuple(found), words) for words, found in by_words.items()]
     return result
+
+
+def _its_nic(topology: Topology, pci: PciDevice) -> str:
+    """The name of the NIC whose virtual function it is, if it is one."""
+    return next((topology.nic(vf.nic).name for vf in topology.vfs if vf.pci == pci), "")
 
 
 def _distance(situation: Situation, pci: PciDevice, gpus: dict[int, PciDevice]) -> str:

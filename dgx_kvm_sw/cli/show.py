@@ -272,6 +272,7 @@ def _devices_json(situation: Situation, held: Holders) -> list[dict[str, Any]]:
         *(("nvswitch", switch.index, switch.pci) for switch in machine.nvswitches),
         *(("nic", None, nic.pci) for nic in machine.nics),
         *(("drive", None, drive.pci) for drive in machine.drives),
+        *(("vf", vf.index, vf.pci) for vf in machine.vfs),
     ]
     result = []
     for kind, index, pci in kinds:

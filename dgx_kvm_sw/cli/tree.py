@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -143,17 +144,15 @@ def _leaves(topology: Topology) -> list[_Leaf]:
     leaves = []
     for gpu in topology.gpus:
         known = "?" if gpu.physical_id is None else gpu.physical_id
-        leaves.append(_Leaf(gpu.pci, f"GPU {gpu.index}", (f"physical {known}",)))
+        able = (f"{gpu.pci.sriov_vfs} VFs",) if gpu.pci.sriov_vfs else ()
+        leaves.append(_Leaf(gpu.pci, f"GPU {gpu.index}", (f"physical {known}", *able)))
     leaves += [_Leaf(switch.pci, f"NVSwitch {switch.index}", ()) for switch in topology.nvswitches]
-    leaves += [_Leaf(nic.pci, _nic_name(nic), nic.interfaces) for nic in topology.nics]
+    made = Counter(vf.nic for vf in topology.vfs)
+    for nic in topology.nics:
+        some = (f"{made[nic.pci.address]}/{nic.pci.sriov_vfs} VFs",) if nic.pci.sriov_vfs else ()
+        leaves.append(_Leaf(nic.pci, _nic_name(nic), (*nic.interfaces, *some)))
     leaves += [_Leaf(drive.pci, "NVMe drive", drive.block_devices) for drive in topology.drives]
-    virtual = [
-        replace(leaf, remarks=(*leaf.remarks, f"{leaf.pci.sriov_vfs} VFs"))
-        if leaf.pci.sriov_vfs
-        else leaf
-        for leaf in leaves
-    ]
-    return sorted(virtual, key=lambda leaf: (leaf.pci.root, leaf.path))
+    return sorted(leaves, key=lambda leaf: (leaf.pci.root, leaf.path))
 
 
 def _nic_name(nic: Nic) -> str:

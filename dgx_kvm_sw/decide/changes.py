@@ -30,7 +30,8 @@ def differences(held: DomainFacts, wanted: DomainFacts, topology: Topology) -> l
     """
     old, new = _words(held, topology), _words(wanted, topology)
     keys = [key for key in new if old[key] != new[key]]
-    if any(key in keys for key in ("gpus", "NVSwitches", "nics", "drives", "other devices")):
+    kinds = ("gpus", "NVSwitches", "nics", "drives", "other devices")
+    if set(kinds) & set(keys) or set(held.devices) != set(wanted.devices):
         keys = [key for key in keys if key not in ("PCIe tree", "64-bit PCI window")]
     if "disks" in keys:
         keys = [key for key in keys if key != "disk driver"]
@@ -142,7 +143,7 @@ def _cells(facts: DomainFacts) -> str:
 
 def _queues(facts: DomainFacts) -> str:
     disks = [disk.queues for disk in facts.disks if not disk.cdrom]
-    return _list(disks + [interface.queues for interface in facts.interfaces])
+    return _list(disks + [each.queues for each in facts.interfaces if not each.vf])
 
 
 def _disks(facts: DomainFacts) -> str:
@@ -166,11 +167,18 @@ def _networks(facts: DomainFacts) -> str:
     return _list(f"{one(i.network)} ({i.mac})" for i in facts.interfaces)
 
 
+def _vfs(facts: DomainFacts) -> list[Hostdev]:
+    return [interface.vf for interface in facts.interfaces if interface.vf]
+
+
 def _settings(facts: DomainFacts) -> str:
-    rom = [str(h.source) for h in facts.hostdevs if h.rom_bar]
+    vfs = _vfs(facts)
+    rom = [str(h.source) for h in (*facts.hostdevs, *vfs) if h.rom_bar]
     managed = [str(h.source) for h in facts.hostdevs if h.managed]
+    unmanaged = [str(h.source) for h in vfs if not h.managed]
     parts = [f"ROM BAR of {', '.join(rom)}"] if rom else []
     parts += [f"managed {', '.join(managed)}"] if managed else []
+    parts += [f"not managed {', '.join(unmanaged)}"] if unmanaged else []
     return "; ".join(parts) or "as made"
 
 
@@ -187,6 +195,6 @@ def _tree(facts: DomainFacts) -> str:
             return f"cell {controller.cell} bus {controller.bus_nr}"
         return f"{path(controller.bus)}.{controller.slot}"
 
-    places = [f"{h.source} at {path(h.bus)}" for h in facts.hostdevs]
+    places = [f"{h.source} at {path(h.bus)}" for h in (*facts.hostdevs, *_vfs(facts))]
     ports = ", ".join(f"{count} {model}" for model, count in sorted(counts.items()))
     return f"{ports}: {', '.join(sorted(places))}" if places or ports else "flat"

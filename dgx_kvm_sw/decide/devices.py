@@ -58,6 +58,7 @@ class Assignable:
             for address in members
         }
         self._known = {device.address for device in topology.devices()}
+        self._vfs = {vf.pci.address for vf in topology.vfs}
 
     def refusal(self, address: PciAddress, vm: str) -> str | None:
         """Return the reason why `vm` may not have this device, or None."""
@@ -77,6 +78,8 @@ class Assignable:
             other = self._topology.device_name(mate)
             if holder := self._ledger.holder(mate, vm):
                 return f"{name} shares an IOMMU group with {other}, which {holder} holds"
+            if self._vfs & {address, mate}:  # libvirt moves a VF by itself, not its whole group
+                return f"{name} shares an IOMMU group with {other}, so no VM can have either"
             if mate not in self._known or not self._health.usable(mate):
                 return f"{name} shares an IOMMU group with {other}, which the host uses"
         return None

@@ -13,13 +13,14 @@ from dgx_kvm_sw.model.domain import (
     DomainDisk,
     DomainFacts,
     DomainStatus,
+    Hostdev,
     Interface,
     Ownership,
     Volume,
 )
 from dgx_kvm_sw.model.pci import CpuSet, PciDevice
 from dgx_kvm_sw.model.placement import GuestCell, Placement
-from dgx_kvm_sw.model.spec import DiskFormat, VmSpec
+from dgx_kvm_sw.model.spec import DiskFormat, NetworkKind, VmSpec
 from dgx_kvm_sw.model.topology import Topology
 
 
@@ -75,12 +76,9 @@ def desired_domain(
         firmware=vm.firmware,
         mmio64_mib=mmio64_mib(devices),
         controllers=controllers,
-        hostdevs=hostdevs,
+        hostdevs=tuple(each for each in hostdevs if each.source not in placement.vfs),
         disks=(*_disks(vm, around, volumes, queues), *_seed_disk(vm, around)),
-        interfaces=tuple(
-            Interface(mac, on_host(network, vm.tenant), queues)
-            for mac, network in zip(interface_macs(vm, around.machine_id), vm.networks, strict=True)
-        ),
+        interfaces=tuple(_interfaces(vm, around, queues, placement, hostdevs)),
         on_reboot="destroy",
     )
 
@@ -168,6 +166,26 @@ def interface_macs(vm: VmSpec, machine_id: str) -> tuple[str, ...]:
     """Return the MAC address of each network of a VM."""
     identity = domain_uuid(machine_id, vm.name)
     return tuple(_mac(identity, number) for number in range(len(vm.networks)))
+
+
+def _interfaces(
+    vm: VmSpec,
+    around: Surroundings,
+    queues: int,
+    placement: Placement,
+    hostdevs: tuple[Hostdev, ...],
+) -> Iterator[Interface]:
+    vfs = iter(placement.vfs)
+    for mac, network in zip(interface_macs(vm, around.machine_id), vm.networks, strict=True):
+        if network.kind is NetworkKind.VF:
+            address = next(vfs)
+            (place,) = (each for each in hostdevs if each.source == address)
+            # Unlike other devices it is the host's until then, with a driver; and what libvirt
+            # says to it by its NIC, MAC address and VLAN, it also takes back.
+            given = replace(network, source=str(address))
+            yield Interface(mac, given, 1, replace(place, managed=True))
+        else:
+            yield Interface(mac, on_host(network, vm.tenant), queues)
 
 
 def _disks(

@@ -10,11 +10,12 @@ from dgx_kvm_sw.decide import capacity
 from dgx_kvm_sw.decide.capacity import CannotResolve, CellDemand, Core, NodeCapacity
 from dgx_kvm_sw.decide.devices import Assignable, nearest
 from dgx_kvm_sw.decide.ledger import Ledger
+from dgx_kvm_sw.decide.vfs import NoVf, VfChoice
 from dgx_kvm_sw.model.health import DeviceState, HealthReport
 from dgx_kvm_sw.model.pci import CpuSet, PciAddress, PciDevice
 from dgx_kvm_sw.model.placement import GuestCell, Holding, Placement
 from dgx_kvm_sw.model.platform import FabricModel, Partition, Platform
-from dgx_kvm_sw.model.spec import Amount, HostSpec, Share, VmSpec
+from dgx_kvm_sw.model.spec import Amount, HostSpec, NetworkKind, Share, VmSpec
 from dgx_kvm_sw.model.topology import Topology
 
 
@@ -76,6 +77,24 @@ def fit(
     raise refusal
 
 
+def choose_vfs(
+    inputs: Inputs, ledger: Ledger, vm: VmSpec, gpus: list[PciDevice], nodes: list[int]
+) -> tuple[PciAddress, ...]:
+    """Return the virtual functions of a VM's networks; raises NoVf. Whether there are enough does
+    not depend on GPUs and nodes, which only say what is near.
+    """
+    if not any(network.kind is NetworkKind.VF for network in vm.networks):
+        return ()
+    assignable = Assignable(inputs.topology, inputs.health, ledger)
+    others = tuple(other for other in inputs.spec.vms if other.name != vm.name)
+    first = inputs.holding(vm)
+    own = [held for held in inputs.holdings if held.vm == vm.name and held.ours]
+    own.sort(key=lambda held: held != first)  # one that runs with an older definition has two
+    vfs = tuple(held.vfs for held in own)
+    choice = VfChoice(inputs.topology, assignable, ledger, inputs.holdings, others, vfs)
+    return choice.choose(vm, gpus, nodes)
+
+
 def _with_demand(
     inputs: Inputs,
     caps: dict[int, NodeCapacity],
@@ -94,6 +113,10 @@ def _with_demand(
     nodes = [cell.host_node for cell in cells]
     nics = ("NICs", vm.resources.nics, [nic.pci for nic in inputs.topology.nics])
     drives = ("NVMe drives", vm.resources.drives, [d.pci for d in inputs.topology.drives])
+    try:
+        vfs = choose_vfs(inputs, ledger, vm, gpus, nodes)
+    except NoVf as error:
+        raise DoesNotFit(error.reason) from error
     placement = Placement(
         vm=vm.name,
         partition=partition,
@@ -101,6 +124,7 @@ def _with_demand(
         nvswitches=_nvswitches(inputs, assignable, vm, partition, held),
         nics=_beside_gpus(inputs, assignable, vm, nics, gpus, nodes),
         drives=_beside_gpus(inputs, assignable, vm, drives, gpus, nodes),
+        vfs=vfs,
         cells=cells,
         helper_cpus=CpuSet.of(cpu for node in nodes for core in caps[node].reserve for cpu in core),
         hugepage_kib=page,

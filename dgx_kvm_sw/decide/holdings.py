@@ -55,7 +55,8 @@ def _holding(
         )
     else:
         cells = _foreign_cells(facts, topology) if running else ()
-    return Holding(facts.name, ours, stays, devices_of(facts), cells, facts.hugepage_kib)
+    vfs = tuple(each.vf.source if each.vf else None for each in facts.interfaces)
+    return Holding(facts.name, ours, stays, devices_of(facts), cells, facts.hugepage_kib, vfs)
 
 
 def _cores(facts: DomainFacts, vcpus: CpuSet) -> tuple[tuple[int, ...], ...]:

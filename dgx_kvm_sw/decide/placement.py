@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dgx_kvm_sw.decide.fit import DoesNotFit, Inputs, fit
+from dgx_kvm_sw.decide.fit import DoesNotFit, Inputs, choose_vfs, fit
 from dgx_kvm_sw.decide.ledger import Ledger
 from dgx_kvm_sw.decide.search import Search, pinned
+from dgx_kvm_sw.decide.vfs import NoVf
 from dgx_kvm_sw.model.placement import Candidate, Placement, Placements, Room, Unplaceable
 from dgx_kvm_sw.model.platform import Partition
 from dgx_kvm_sw.model.spec import VmSpec
@@ -87,6 +88,10 @@ def _verdicts(search: Search, vm: VmSpec, ledger: Ledger) -> list[Candidate]:
 
 
 def _unplaceable(search: Search, vm: VmSpec, ledger: Ledger) -> Unplaceable:
+    try:  # first, as it is the same for all sets of GPUs
+        choose_vfs(search.inputs, ledger, vm, [], [])
+    except NoVf as error:
+        return Unplaceable(vm.name, (error.reason,), (error.remedy,))
     if not vm.gpus:
         return _unplaceable_without_gpus(search, vm, ledger)
     sizes = search.inputs.platform.sizes

@@ -121,7 +121,7 @@ def diff(
 
 
 def devices_of(facts: DomainFacts) -> tuple[PciAddress, ...]:
-    return tuple(hostdev.source for hostdev in facts.hostdevs)
+    return facts.devices
 
 
 def start_actions(domain: DomainFacts, partition: Partition | None) -> tuple[Action, ...]:

@@ -228,12 +228,16 @@ def _controllers(domain: Element) -> tuple[PciController, ...]:
 def _hostdevs(domain: Element) -> tuple[Hostdev, ...]:
     result = []
     for element in domain.iterfind("devices/hostdev[@type='pci']"):
-        source, rom = element.find("source/address"), element.find("rom")
-        address = PciAddress(*(_hex(source, k) for k in ("domain", "bus", "slot", "function")))
-        rom_bar = rom is None or rom.get("bar") != "off"
-        managed = element.get("managed") == "yes"
-        result.append(Hostdev(address, _hex(element.find("address"), "bus"), rom_bar, managed))
+        result.append(_hostdev(element))
     return tuple(sorted(result, key=lambda hostdev: hostdev.source))
+
+
+def _hostdev(element: Element) -> Hostdev:
+    source, rom = element.find("source/address"), element.find("rom")
+    address = PciAddress(*(_hex(source, k) for k in ("domain", "bus", "slot", "function")))
+    rom_bar = rom is None or rom.get("bar") != "off"
+    managed = element.get("managed") == "yes"
+    return Hostdev(address, _hex(element.find("address"), "bus"), rom_bar, managed)
 
 
 def _disks(domain: Element) -> tuple[DomainDisk, ...]:
@@ -277,8 +281,12 @@ def _interfaces(domain: Element) -> tuple[Interface, ...]:
         tag = element.find("vlan/tag")
         vlan = int(tag.get("id", "0")) if tag is not None else 0
         network = Network(kind, names.get(str(kind), names.get("dev", "")), vlan)
+        vf = _hostdev(element) if element.find("source/address") is not None else None
+        if vf:
+            network = Network(NetworkKind.VF, str(vf.source), vlan)
         queues = int(driver.get("queues", "1")) if driver is not None else 1
-        result.append(Interface(mac.get("address", "") if mac is not None else "", network, queues))
+        address = mac.get("address", "") if mac is not None else ""
+        result.append(Interface(address, network, queues, vf))
     return tuple(result)
 
 

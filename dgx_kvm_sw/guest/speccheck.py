@@ -205,7 +205,7 @@ def _impossible_vlans(sections: Sequence[tuple[Document, Path]]) -> Iterator[Pro
                 hint = f"make a VLAN interface and name that: `macvtap: {under}.{tag}`"
                 yield document.problem(place, message, hint)
             elif "vlan" in network and {"network", "nat", "isolated"} & network.keys():
-                yield document.problem(place, "goes with bridge only", "remove it")
+                yield document.problem(place, "goes with bridge and vf only", "remove it")
 
 
 def _bad_pins(vms: Sequence[VmEntry]) -> Iterator[Problem]:

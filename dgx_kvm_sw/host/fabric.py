@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dgx_kvm_sw.access.files import Root
-from dgx_kvm_sw.host.health import trouble_on_bus
+from dgx_kvm_sw.host.health import host_use, trouble_on_bus
+from dgx_kvm_sw.host.topology import is_up
 from dgx_kvm_sw.model.errors import HostError
 from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.platform import Partition, Platform
@@ -60,6 +61,11 @@ class VfioFabric:
         if trouble := trouble_on_bus(address, self.root):
             return trouble.reason
         # Read now and not from the topology: somebody may have rebound it since.
+        nic = self.root.link_name(f"/sys/bus/pci/devices/{address}/physfn")
+        if nic:  # a virtual function: libvirt binds it, and sets it up through its NIC
+            if not is_up(str(self.root.path(f"/sys/bus/pci/devices/{nic}"))):
+                return f"is a virtual function of NIC {nic}, which is down"
+            return host_use(address, self.root)
         driver = self.root.link_name(f"/sys/bus/pci/devices/{address}/driver")
         if driver != "vfio-pci":
             return f"is bound to {driver or 'no driver'}, not to vfio-pci"

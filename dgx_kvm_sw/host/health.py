@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 
 from dgx_kvm_sw.access.files import Root
+from dgx_kvm_sw.host.topology import is_up
 from dgx_kvm_sw.model.errors import HostError
 from dgx_kvm_sw.model.health import DeviceHealth, DeviceState, HealthReport
+from dgx_kvm_sw.model.mode import VFIO
 from dgx_kvm_sw.model.pci import Link, PciAddress, PciDevice
 from dgx_kvm_sw.model.platform import FabricModel
 from dgx_kvm_sw.model.topology import Topology
 
 QUARANTINE = "/var/lib/dgx-kvm/health.json"
-NO_ANSWER = b"\xff\xff"  # what a read of the vendor id gives when no device completes it
+NO_ANSWER = b"\xff"  # what all bytes of a read are when no device completes it
+_HEAD = 12  # bytes of the configuration: vendor, device, command, status, revision, class
 SEVERITY = (
     DeviceState.OK,
     DeviceState.DEGRADED,
@@ -37,14 +40,15 @@ def assess(topology: Topology, root: Root, fabric_model: FabricModel) -> HealthR
 def trouble_on_bus(address: PciAddress, root: Root) -> DeviceHealth | None:
     """Say whether a device is gone or silent; this asks the device itself.
 
-    sysfs remembers `vendor` from boot; only a read of `config` reaches the bus.
+    sysfs remembers `vendor` from boot; only a read of `config` reaches the bus. There a virtual
+    function has no vendor of its own, so its class is looked at too.
     """
     try:
         with open(root.path(f"/sys/bus/pci/devices/{address}/config"), "rb", buffering=0) as config:
-            vendor = config.read(2)
+            head = config.read(_HEAD)
     except OSError:
         return DeviceHealth(address, DeviceState.ABSENT, "is gone from the PCI bus")
-    if vendor == NO_ANSWER:
+    if head and not head.strip(NO_ANSWER):
         return DeviceHealth(address, DeviceState.FAILED, "does not answer on the PCI bus")
     return None
 
@@ -52,14 +56,45 @@ def trouble_on_bus(address: PciAddress, root: Root) -> DeviceHealth | None:
 def _observed(topology: Topology, root: Root, fabric_model: FabricModel) -> list[DeviceHealth]:
     gpus = {gpu.pci.address for gpu in topology.gpus}
     nvswitches = {switch.pci.address for switch in topology.nvswitches}
+    vfs = {vf.pci.address for vf in topology.vfs}
     found: list[DeviceHealth] = []
     for pci in topology.devices():
+        if pci.address in vfs:
+            used = host_use(pci.address, root)
+            own = DeviceHealth(pci.address, DeviceState.UNBOUND, used) if used else None
+            found += filter(None, (trouble_on_bus(pci.address, root), own))
+            continue
         shared = pci.address in nvswitches and fabric_model is FabricModel.SHARED
         trouble = trouble_on_bus(pci.address, root)
         driver = _wrong_driver(pci, "nvidia" if shared else "vfio-pci")
         link = _slow_link(pci, width_only=pci.address in gpus)
         found += filter(None, (trouble, driver, link))
     return found
+
+
+def host_use(address: PciAddress, root: Root) -> str:
+    """Say how the host uses a virtual function; "" where it does not.
+
+    One that a VM may have is at its network driver, idle, as libvirt moves it, or already on
+    vfio-pci. A driver may take seconds to make its interface; where the kernel has one that we do
+    not see, it is in another network namespace.
+    """
+    folder = f"/sys/bus/pci/devices/{address}"
+    driver = root.link_name(f"{folder}/driver")
+    if driver is None or driver == VFIO:
+        return ""
+    if "uio" in driver or "vfio" in driver:
+        return f"is bound to {driver}, so some program has it"
+    names = root.names(f"{folder}/net")
+    if not names and root.exists(f"{folder}/net"):
+        return "has its interface in another network namespace, so a container has it"
+    if is_up(str(root.path(folder))):
+        return f"is the host's: {names[0]} is up"
+    for name in names:
+        for link in root.names(f"{folder}/net/{name}"):
+            if link == "master" or link.startswith("upper_"):
+                return f"is the host's: {name} carries another link"
+    return ""
 
 
 def _wrong_driver(pci: PciDevice, right: str) -> DeviceHealth | None:

@@ -7,18 +7,23 @@ import os
 import tempfile
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dgx_kvm_sw.access.files import Root, explained
+from dgx_kvm_sw.host.topology import IFF_UP
 from dgx_kvm_sw.model.errors import HostError, UsageError
+from dgx_kvm_sw.model.pci import PciAddress
 from dgx_kvm_sw.model.topology import Topology
 
 SAMPLES = Path(__file__).parents[1] / "data" / "simulated.yaml"
 UNITS = {"K": 10, "M": 20, "G": 30}
 BRIDGE = {"id": "10b5:9797", "class": 0x060400, "driver": "pcieport", "link": [8, 16]}
+_FIRST_VF = 2  # of a ConnectX-5 with two ports: VF 0 is two functions after the first port
+_IFF_BROADCAST = 0x1002  # and multicast, as every Ethernet interface says
 DRIVER_CLASSES = {0x02: "net", 0x01: "nvme"}  # base class -> the folder of what its driver made
 
 
@@ -104,7 +109,7 @@ class _Tree:
 
 def _files_of_state(name: str, machine: Mapping[str, Any]) -> dict[str, str]:
     """Return what is not in /sys: procfs, the machine's id, the fabric's numbers of its GPUs."""
-    gpus = sorted(path[-1] for _, kind, path, _ in _functions(machine) if kind == "gpu")
+    gpus = sorted(path[-1] for _, kind, path, _, _ in _functions(machine) if kind == "gpu")
     ids = dict(zip(gpus, machine["physical_ids"], strict=True))
     numa = machine["numa"]
     cpus = range(2 * numa["nodes"] * numa["cores"])
@@ -124,7 +129,8 @@ def _write_sysfs(tree: _Tree, machine: Mapping[str, Any]) -> None:
     _write_numa(tree, machine["numa"])
     groups: dict[str, int] = {}
     bridges: set[str] = set()
-    for node, kind, path, child in _functions(machine):
+    with_vfs: list[tuple[str, str, int, int, str]] = []
+    for node, kind, path, child, vfs in _functions(machine):
         folder = f"/sys/devices/pci{path[0].rpartition(':')[0]}"
         for address in path[:-1]:
             folder = f"{folder}/{address}"
@@ -138,14 +144,21 @@ def _write_sysfs(tree: _Tree, machine: Mapping[str, Any]) -> None:
         _write_function(tree, folder, machine["kinds"][kind], node, group)
         if child:
             _write_child(tree, folder, machine["kinds"][kind]["class"] >> 16, child)
+        if vfs:
+            with_vfs.append((folder, machine["kinds"][kind]["vf"], node, vfs, child))
+    for nic, kind, node, vfs, child in with_vfs:  # last: they shift no other group's number
+        for index in range(vfs):
+            group = groups.setdefault(f"{nic} {index}", len(groups))
+            _write_vf(tree, nic, index, machine["kinds"][kind], node, group, f"{child}v{index}")
+        tree.write(nic, {"sriov_numvfs": vfs})
 
 
-def _functions(machine: Mapping[str, Any]) -> list[tuple[int, str, list[str], str]]:
-    """Return NUMA node, kind, addresses from the root port down, and the name on the host."""
+def _functions(machine: Mapping[str, Any]) -> list[tuple[int, str, list[str], str, int]]:
+    """Return NUMA node, kind, addresses from the root port down, name on the host, VFs it has."""
     return [
-        (part["node"], kind, [f"0000:{address}" for address in path.split("/")], child)
+        (part["node"], kind, [f"0000:{each}" for each in path.split("/")], child, int(vfs or 0))
         for part in machine["pci"]
-        for kind, path, child in ((*line.split(), "")[:3] for line in part["devices"])
+        for kind, path, child, vfs in ((*line.split(), "", "")[:4] for line in part["devices"])
     ]
 
 
@@ -194,7 +207,7 @@ def _write_function(
         "config": vendor.to_bytes(2, "little") + device.to_bytes(2, "little") + bytes(60),
     }
     if "vfs" in kind:
-        files["sriov_totalvfs"] = kind["vfs"]
+        files |= {"sriov_totalvfs": kind["vfs"], "sriov_numvfs": 0}
     if "vpd" in kind:
         files["vpd"] = kind["vpd"].encode()
     tree.write(folder, files)
@@ -203,6 +216,22 @@ def _write_function(
     tree.link(f"{folder}/driver", f"/sys/bus/pci/drivers/{kind['driver']}")
     tree.link(f"/sys/kernel/iommu_groups/{group}/devices/{address}", folder)
     tree.link(f"{folder}/iommu_group", f"/sys/kernel/iommu_groups/{group}")
+
+
+def _write_vf(
+    tree: _Tree, nic: str, index: int, kind: Mapping[str, Any], node: int, group: int, child: str
+) -> None:
+    """Write a virtual function as the NIC's driver makes it: beside the NIC, with a link to it."""
+    physical = PciAddress.parse(os.path.basename(nic))
+    number = physical.slot * 8 + physical.function + _FIRST_VF + index
+    address = replace(physical, slot=number // 8, function=number % 8)
+    folder = f"{os.path.dirname(nic)}/{address}"
+    _write_function(tree, folder, kind, node, group)
+    # On its bus it has neither vendor nor device (SR-IOV specification, 3.4.1.1).
+    tree.write(folder, {"config": b"\xff" * 4 + bytes(60)})
+    _write_child(tree, folder, kind["class"] >> 16, child, flags=_IFF_BROADCAST)
+    tree.link(f"{folder}/physfn", nic)
+    tree.link(f"{nic}/virtfn{index}", folder)
 
 
 def _resource(address: str, bars: Mapping[int, str]) -> str:
@@ -216,10 +245,12 @@ def _resource(address: str, bars: Mapping[int, str]) -> str:
     return "\n".join(lines)
 
 
-def _write_child(tree: _Tree, folder: str, base_class: int, child: str) -> None:
+def _write_child(
+    tree: _Tree, folder: str, base_class: int, child: str, flags: int = _IFF_BROADCAST | IFF_UP
+) -> None:
     """Make what the host's driver made of a device: a network interface, a drive's namespace."""
     kind = DRIVER_CLASSES[base_class]
-    tree.write(f"{folder}/{kind}/{child}", {})
+    tree.write(f"{folder}/{kind}/{child}", {"flags": f"{flags:#x}"} if kind == "net" else {})
     tree.link(f"/sys/class/{kind}/{child}", f"{folder}/{kind}/{child}")
     if kind == "nvme":
         tree.write(f"{folder}/nvme/{child}/{child}n1", {})

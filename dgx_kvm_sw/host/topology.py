@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.model.pci import CpuSet, Link, PciAddress, PciDevice
@@ -17,6 +17,7 @@ from dgx_kvm_sw.model.topology import (
     NvmeDrive,
     NvSwitch,
     Topology,
+    VirtualFunction,
 )
 
 NVIDIA = 0x10DE
@@ -29,6 +30,7 @@ NIC_CLASSES = (0x0200, 0x0207)
 NVME_CLASS = 0x0108
 BRIDGE_BASE_CLASS = 0x06
 
+IFF_UP = 1  # include/uapi/linux/if.h
 IORESOURCE_MEM = 0x200  # include/linux/ioport.h
 BARS = 6  # the first lines of `resource`; the ROM and bridge windows follow
 
@@ -52,6 +54,11 @@ def discover(root: Root, physical_ids: Mapping[PciAddress, int] = {}) -> Topolog
     functions = _functions(root)
     gpus = [pci for pci, _ in _devices(functions, GPU_CLASSES) if pci.vendor == NVIDIA]
     switches = [pci for pci, _ in _devices(functions, (NVSWITCH_CLASS,)) if pci.vendor == NVIDIA]
+    nics = [
+        (pci, path)
+        for pci, path in _devices(functions, NIC_CLASSES)
+        if not _leads_to_fabric(pci, path)
+    ]
     return Topology(
         product_name=root.read("/sys/class/dmi/id/product_name", ""),
         cpu_model=_cpu_model(root),
@@ -61,15 +68,12 @@ def discover(root: Root, physical_ids: Mapping[PciAddress, int] = {}) -> Topolog
             Gpu(index, 1, physical_ids.get(pci.address), pci) for index, pci in enumerate(gpus)
         ),
         nvswitches=tuple(NvSwitch(index, 1, pci) for index, pci in enumerate(switches)),
-        nics=tuple(
-            Nic(pci, _interfaces(path))
-            for pci, path in _devices(functions, NIC_CLASSES)
-            if not _leads_to_fabric(pci, path)
-        ),
+        nics=tuple(Nic(pci, _interfaces(path), is_up(path)) for pci, path in nics),
         drives=tuple(
             NvmeDrive(pci, _namespaces(path)) for pci, path in _devices(functions, (NVME_CLASS,))
         ),
         iommu_groups=_iommu_groups(functions),
+        vfs=tuple(vf for pci, path in nics if pci.sriov_vfs for vf in _vfs(pci, path, functions)),
     )
 
 
@@ -159,13 +163,31 @@ def _leads_to_fabric(pci: PciDevice, path: str) -> bool:
     only where a card has the four functions that such a bridge has.
     """
     fourth = re.sub(r"\.[0-7]$", ".3", path)
-    if pci.vendor != MELLANOX or not os.path.lexists(fourth):
+    virtual = os.path.lexists(f"{fourth}/physfn")  # a card with two ports numbers its VFs from .2
+    if pci.vendor != MELLANOX or virtual or not os.path.lexists(fourth):
         return False
     try:
         with open(f"{path}/vpd", "rb", buffering=0) as vpd:
             return b"SW_MNG" in vpd.read(4096)
     except OSError:
         return True  # not readable, so not known to be harmless
+
+
+def _vfs(nic: PciDevice, path: str, functions: Iterable[_Function]) -> Iterator[VirtualFunction]:
+    """Yield the virtual functions that a NIC has now."""
+    links = {int(name[6:]): name for name in _names(path) if re.fullmatch(r"virtfn\d+", name)}
+    by_name = {str(function.address): function for function in functions if links}
+    for index, link in sorted(links.items()):
+        # One that is made at this moment has a link before it is on the bus.
+        if function := by_name.get(_link_name(f"{path}/{link}") or ""):
+            # Its registers of the link are empty: it has that of its NIC.
+            yield VirtualFunction(replace(_device(function), link=None), nic.address, index)
+
+
+def is_up(path: str) -> bool:
+    """Whether a network interface of the device in this folder is up."""
+    names = _names(f"{path}/net")
+    return any(_number(f"{path}/net/{name}/flags") & IFF_UP for name in names)
 
 
 def _interfaces(path: str) -> tuple[str, ...]:

@@ -61,6 +61,7 @@ class Interface:
     mac: str
     network: Network
     queues: int
+    vf: Hostdev | None = None  # the virtual function that it is
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,12 @@ class DomainFacts:
     interfaces: tuple[Interface, ...]
     on_reboot: str
     extra_devices: tuple[str, ...] = ()  # devices we never render: "graphics vnc", "hostdev usb"
+
+    @property
+    def devices(self) -> tuple[PciAddress, ...]:
+        """Host PCI devices that it has, virtual functions last."""
+        vfs = (interface.vf for interface in self.interfaces)
+        return tuple(each.source for each in (*self.hostdevs, *vfs) if each)
 
     @property
     def networks(self) -> set[str]:

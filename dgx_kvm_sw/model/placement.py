@@ -27,6 +27,7 @@ class Placement:
     nvswitches: tuple[PciAddress, ...]
     nics: tuple[PciAddress, ...]
     drives: tuple[PciAddress, ...]
+    vfs: tuple[PciAddress, ...]  # of its networks of this kind, in their order
     cells: tuple[GuestCell, ...]  # ordered by host node
     helper_cpus: CpuSet  # emulator and IO threads: the host's reserve on the VM's nodes
     hugepage_kib: int  # 0 = ordinary pages
@@ -34,7 +35,7 @@ class Placement:
 
     @property
     def devices(self) -> tuple[PciAddress, ...]:
-        return (*self.gpus, *self.nvswitches, *self.nics, *self.drives)
+        return (*self.gpus, *self.nvswitches, *self.nics, *self.drives, *self.vfs)
 
     @property
     def memory_mib(self) -> int:
@@ -59,6 +60,7 @@ class Holding:
     devices: tuple[PciAddress, ...]
     cells: tuple[GuestCell, ...]  # a foreign domain without pins has cells without cores
     hugepage_kib: int
+    vfs: tuple[PciAddress | None, ...] = ()  # by network interface; None for one that is no VF
 
 
 @dataclass(frozen=True)

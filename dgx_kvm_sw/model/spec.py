@@ -45,6 +45,10 @@ class NetworkKind(StrEnum):
     MACVTAP = "macvtap"  # directly on a network interface of the host
     NAT = "nat"  # a libvirt network of ours for one tenant, with addresses and a way out
     ISOLATED = "isolated"  # a libvirt network of ours for one tenant, and nothing else on it
+    VF = "vf"  # an SR-IOV virtual function of a NIC that stays with the host
+
+
+AUTO = "auto"  # as the source of a VF: of the NIC that is nearest to the VM's GPUs
 
 
 class DiskFormat(StrEnum):
@@ -85,10 +89,10 @@ class OsDisk:
 
 @dataclass(frozen=True)
 class Network:
-    """A virtio network interface."""
+    """A network interface: virtio's, or a virtual function of a NIC."""
 
     kind: NetworkKind
-    source: str  # the bridge, libvirt network or host interface; of NAT, perhaps a name
+    source: str  # the bridge, libvirt network, host interface or NIC; of NAT, perhaps a name
     vlan: int = 0  # its tag; 0 = none
 
 

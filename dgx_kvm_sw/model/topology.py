@@ -35,6 +35,21 @@ class Nic:
 
     pci: PciDevice
     interfaces: tuple[str, ...]  # network interfaces it has on the host now
+    up: bool = False  # one of them is
+
+    @property
+    def name(self) -> str:
+        """What a person calls it: its interface, or its address where it has none."""
+        return self.interfaces[0] if self.interfaces else str(self.pci.address)
+
+
+@dataclass(frozen=True)
+class VirtualFunction:
+    """An SR-IOV virtual function (VF) that a NIC has now."""
+
+    pci: PciDevice
+    nic: PciAddress  # its physical function
+    index: int  # place among the VFs of the NIC
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,7 @@ class Topology:
     nics: tuple[Nic, ...]
     drives: tuple[NvmeDrive, ...]
     iommu_groups: tuple[tuple[int, tuple[PciAddress, ...]], ...]  # bridges left out
+    vfs: tuple[VirtualFunction, ...] = ()  # by NIC and index
 
     def node(self, node_id: int | None) -> NumaNode:
         """The NUMA node with this id; a device without one belongs to the first node."""
@@ -93,6 +109,10 @@ class Topology:
         """The GPU with this index; a GPU that is gone leaves its index unused."""
         return next(gpu for gpu in self.gpus if gpu.index == index)
 
+    def nic(self, address: PciAddress) -> Nic:
+        """The NIC with this address."""
+        return next(nic for nic in self.nics if nic.pci.address == address)
+
     @property
     def threads_per_core(self) -> int:
         return max((len(core) for node in self.numa_nodes for core in node.cores), default=1)
@@ -101,6 +121,7 @@ class Topology:
         """Every device a VM could get, in PCI order."""
         owned = [gpu.pci for gpu in self.gpus] + [switch.pci for switch in self.nvswitches]
         owned += [nic.pci for nic in self.nics] + [drive.pci for drive in self.drives]
+        owned += [vf.pci for vf in self.vfs]
         return tuple(sorted(owned, key=lambda pci: pci.address))
 
     def device_name(self, address: PciAddress) -> str:
@@ -115,4 +136,7 @@ class Topology:
             return f"NIC {address}"
         if any(drive.pci.address == address for drive in self.drives):
             return f"NVMe drive {address}"
+        for vf in self.vfs:
+            if vf.pci.address == address:
+                return f"VF {vf.index} of NIC {self.nic(vf.nic).name} ({address})"
         return f"PCI device {address}"

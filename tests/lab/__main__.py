@@ -24,12 +24,13 @@ from lab.shape import named, names
 from lab.story import VMS, tell
 from lab.terminal import interact
 from lab.tools import tools
+from lab.vfs import virtual_functions
 from tools import bundle
 from tools.archive import NoArchiveError
 from tools.repository import OfflineError
 
 # "bundle" is the story with all from a bundle.
-PARTS = ("story", "bundle", "airgap", "negative", "cuts")
+PARTS = ("story", "bundle", "airgap", "vfs", "negative", "cuts")
 
 
 def main() -> int:
@@ -129,7 +130,7 @@ def _test(options: argparse.Namespace) -> int:
     for release in RELEASES:
         for part, shape in (("story", "dgx2-small"), ("bundle", "dgx2")):
             _part(part, release, shape, options)
-        for part in ("airgap", "negative", "cuts"):
+        for part in ("airgap", "vfs", "negative", "cuts"):
             _part(part, release, "", options)
     return 0
 
@@ -143,6 +144,8 @@ def _part(part: str, release: str, shape: str, options: argparse.Namespace) -> N
             tell(folder.with_name(f"{folder.name}.tar"), release, shape)
         case "airgap":
             airgap(release)
+        case "vfs":
+            virtual_functions(build.package(), release)
         case "negative":
             negative_hosts(build.package(), release)
         case "cuts":

@@ -287,7 +287,7 @@ class Story:
         self.host.check(f"cat >/etc/dgx-kvm/vms.yaml <<'END'\n{text}END")
 
     def _check_guest(self, vm: Vm) -> None:
-        seen = self._report(vm.name)
+        seen = self.report(vm.name)
         self.tour.typed(f"dgx-kvm console {vm.name}", seen.strip())
         devices = re.findall(r"pci \S+ (\S{4}:\S{4}) class (\S{4})", seen)
         xml = self.host.check(f"virsh dumpxml {vm.name}")
@@ -315,7 +315,7 @@ class Story:
         }
         expect(len(nodes_of) == 1, f"{vm.name} has devices of NUMA nodes {nodes_of}")
 
-    def _report(self, name: str, boots: int = 1) -> str:
+    def report(self, name: str, boots: int = 1) -> str:
         """What the VM said at its latest boot, on its console."""
         deadline = time.monotonic() + GUESTS
         while time.monotonic() < deadline:
@@ -342,7 +342,7 @@ class Story:
             boots = self._boots(vm)
             # QEMU looks once a second whether somebody has opened the console.
             self.host.check(f"(sleep 2; echo reboot; sleep 3) >$(virsh ttyconsole {vm.name})")
-            self._report(vm.name, boots + 1)
+            self.report(vm.name, boots + 1)
             expect(self._running() == self._names(), "not all VMs run after a guest's reboot")
 
     def host_reboot(self) -> None:
@@ -353,7 +353,7 @@ class Story:
             expect(state == "running", f"the host is {state}")
             expect(self._running() == self._names(), f"{self._running()} run after the reboot")
             for vm in self.vms_wanted:
-                self._report(vm.name, boots[vm.name] + 1)
+                self.report(vm.name, boots[vm.name] + 1)
                 log = self.host.check(f"cat {_console(vm.name)}")
                 expect("lab-guest: power button" in log, f"{vm.name} was not shut down in order")
 
