@@ -218,15 +218,11 @@ def _bad_cloud_config(name: str, text: str) -> Iterator[Problem]:
 
 
 def _bad_network(document: Document, path: Path) -> Iterator[Problem]:
-    """Networks of no kind, addresses that are none, and gateways that are out of reach."""
+    """Addresses that are none, and gateways that are out of reach."""
     import ipaddress
 
     network = document.mapping(*path)
     own = {key: _listed(network.get(key)) for key in ("address", "gateway", "dns")}
-    kinds = [str(kind) for kind in NetworkKind if kind in network]
-    if network and len(kinds) != 1 and network.keys() <= {*kinds, *own}:
-        all_kinds = f"{', '.join(list(NetworkKind)[:-1])} and {list(NetworkKind)[-1]}"
-        yield document.problem(path, f"a mapping is not a network with exactly one of {all_kinds}")
     interfaces = []
     for text in own["address"]:
         if text == "dhcp":
