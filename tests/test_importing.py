@@ -289,7 +289,7 @@ def test_an_import_that_is_cut_off_leaves_no_image(tmp_path: Path, number: signa
         time.sleep(0.02)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGKILL)
+    assert process.returncode in (130, -signal.SIGKILL), said
     assert "Traceback" not in said
     assert machine.names(IMPORTED) == []
     if number is signal.SIGINT:
