@@ -129,6 +129,12 @@ def test_root_fills_the_disk(guest: Guest) -> None:
     assert size > (DISK_GIB - 1) << 30
 
 
+def test_nothing_but_root_can_keep_it_from_booting(guest: Guest) -> None:
+    mounts = [line.split() for line in guest.ssh("cat /etc/fstab").splitlines()]
+    assert [place for _, place, _, options, *_ in mounts if "nofail" not in options] == ["/"]
+    assert "vfat" in guest.ssh("findmnt /boot/efi")
+
+
 def test_the_network_is_that_of_the_seed(guest: Guest) -> None:
     assert "10.0.2.15/24" in guest.ssh("ip -brief address show dev lan0")
     assert "default via 10.0.2.2" in guest.ssh("ip route")
