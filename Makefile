@@ -25,7 +25,7 @@ RUN_PACKAGES := python3-libvirt python3-yaml python3-jinja2 python3-jsonschema p
 TEST_PACKAGES := $(RUN_PACKAGES) man-db python3-pytest python3-pytest-xdist \
 	python3-hypothesis python3-numpy python3-venv mypy shellcheck libvirt-daemon-system \
 	libvirt-clients libxml2-utils qemu-system-x86 qemu-utils ovmf seabios iproute2 procps gnupg gpgv \
-	dnsmasq-base iptables lvm2
+	dnsmasq-base fdisk iptables lvm2
 BUILD_PACKAGES := $(RUN_PACKAGES) debhelper dh-python dpkg-dev pybuild-plugin-pyproject python3-all \
 	python3-setuptools
 OFFLINE_PACKAGES := apt-utils gnupg gpg-agent debian-archive-keyring
