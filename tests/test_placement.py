@@ -730,6 +730,19 @@ def test_every_legal_set_has_a_verdict(sound: Sound) -> None:
     assert sum(verdict.startswith("fits, ranked") for verdict in verdicts.values()) == 5
 
 
+def test_the_verdict_says_why_a_set_that_fits_is_not_offered(sound: Sound) -> None:
+    inputs = declare(sound("dgx2"), vm("a", 1))
+    mine = Holding("a", True, True, (gpu(inputs, 3),), (), 0)
+    running = replace(inputs, holdings=(mine,))
+    for each, why in (
+        (running, "would fit, but a VM that runs stays where it is"),
+        (declare(inputs, vm("a", 1, pin=("3",))), "would fit, but the file pins other GPUs"),
+    ):
+        first, *others = candidates(each, each.spec.vms[0])
+        assert (first.partition.gpus, first.verdict) == ((3,), "chosen")
+        assert {other.verdict for other in others} == {why}
+
+
 @pytest.mark.parametrize("name", MACHINES)
 def test_fits_counts_what_then_fits(sound: Sound, name: str) -> None:
     inputs = declare(sound(name), *vms(1, 2))

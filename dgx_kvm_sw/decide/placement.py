@@ -79,7 +79,8 @@ def _verdicts(search: Search, vm: VmSpec, ledger: Ledger) -> list[Candidate]:
             result.append(Candidate(partition, str(error), holders))
             continue
         if partition in others:
-            verdict = "would fit, but the file pins other GPUs"
+            why = "the file pins other GPUs" if vm.pin else "a VM that runs stays where it is"
+            verdict = f"would fit, but {why}"
         else:
             fitting += 1
             verdict = "chosen" if fitting == 1 else f"fits, ranked {fitting}"

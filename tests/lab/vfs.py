@@ -16,7 +16,7 @@ from lab.hostfacts import functions
 from lab.machine import Machine, overlay
 from lab.qemu import Hardware
 from lab.shape import named
-from lab.story import GUESTS, INSTALL, Story, expect, told
+from lab.story import GUESTS, INSTALL, Story, Tour, expect, told
 from lab.tools import tools
 
 SHAPE = "dgx2-small"
@@ -57,7 +57,7 @@ def virtual_functions(package: Path, release: str) -> None:
     base = build.installed_disk(release, package)
     disk = overlay(kit, base, ROOT / "disks" / f"vfs-{release}.qcow2")
     with Machine(kit, Hardware(named(SHAPE), disk), f"vfs-{release}") as host:
-        story = Story(host, named(SHAPE), ())
+        story = Story(host, named(SHAPE), (), tour=Tour("# A NIC that lends virtual functions\n"))
         with told("a host in KVM mode: the NIC goes to VMs, so it has no virtual functions"):
             host.boot()
             expect(_driver(host, NIC) == "vfio-pci", f"{NIC} is at {_driver(host, NIC)}")
