@@ -131,7 +131,7 @@ def _run_in_guest(host: Machine, name: str, *words: str) -> str:
     )
     expect(isinstance(started, dict), f"{name} runs no {words[0]}: {started}")
     assert isinstance(started, dict)
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + FIRST_BOOT
     while time.monotonic() < deadline:
         state = _agent(host, name, "guest-exec-status", pid=started["pid"])
         if isinstance(state, dict) and state["exited"]:
