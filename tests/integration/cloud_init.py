@@ -61,10 +61,18 @@ class CloudInit:
 
     @classmethod
     def unpacked(cls, folder: Path) -> CloudInit:
-        """Download and unpack it; raises CalledProcessError where apt cannot."""
-        folder.mkdir()
+        """Download and unpack it; raises CalledProcessError where apt cannot.
+
+        By package lists of its own: a machine that had nothing to install may have none, or such
+        as are so old that what they name is gone.
+        """
+        lists = folder / "lists"
+        lists.mkdir(parents=True)
         quiet: dict[str, Any] = {"check": True, "capture_output": True, "cwd": folder}
-        subprocess.run(("apt-get", "download", *_PACKAGES.split()), **quiet)
+        own = (f"State::Lists={lists}", "Cache::pkgcache=", "Cache::srcpkgcache=")
+        apt = ("apt-get", *(f"-oDir::{setting}" for setting in own))
+        subprocess.run((*apt, "update"), **quiet)
+        subprocess.run((*apt, "download", *_PACKAGES.split()), **quiet)
         for file in folder.glob("*.deb"):
             subprocess.run(("dpkg-deb", "-x", file, folder), **quiet)
         return cls(folder)
