@@ -17,6 +17,7 @@ from lab.console import Shell
 from lab.image import RELEASES
 from lab.machine import Machine, overlay
 from lab.negative import negative_hosts
+from lab.others import other_machines
 from lab.packages import LabError
 from lab.powercuts import power_cuts
 from lab.qemu import Hardware, Iommu
@@ -30,7 +31,7 @@ from tools.archive import NoArchiveError
 from tools.repository import OfflineError
 
 # "bundle" is the story with all from a bundle.
-PARTS = ("story", "bundle", "airgap", "vfs", "negative", "cuts")
+PARTS = ("story", "bundle", "airgap", "vfs", "negative", "cuts", "shapes")
 
 
 def main() -> int:
@@ -130,7 +131,7 @@ def _test(options: argparse.Namespace) -> int:
     for release in RELEASES:
         for part, shape in (("story", "dgx2-small"), ("bundle", "dgx2")):
             _part(part, release, shape, options)
-        for part in ("airgap", "vfs", "negative", "cuts"):
+        for part in PARTS[2:]:
             _part(part, release, "", options)
     return 0
 
@@ -150,6 +151,8 @@ def _part(part: str, release: str, shape: str, options: argparse.Namespace) -> N
             negative_hosts(build.package(), release)
         case "cuts":
             power_cuts(build.package(), release, options.cuts, options.seed)
+        case "shapes":
+            other_machines(build.package(), release)
 
 
 def _run(options: argparse.Namespace) -> int:
