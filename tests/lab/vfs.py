@@ -49,6 +49,9 @@ vms:
 """
 LAB = f"{{name: lab, gpus: 1, networks: [{{bridge: br0}}, {{vf: auto, vlan: {VLAN}}}]}}"
 GREEDY = "{name: greedy, gpus: 1, networks: [{vf: auto}, {vf: auto}]}"
+BRIDGE, BRIDGE_VLAN = "br1", 200
+TAGGED = f"{{name: tagged, gpus: 1, networks: [{{bridge: {BRIDGE}, vlan: {BRIDGE_VLAN}}}]}}"
+TAGGING_LIBVIRT = 11  # the first that puts tags on ports of bridges
 
 
 def virtual_functions(package: Path, release: str) -> None:
@@ -80,6 +83,8 @@ def virtual_functions(package: Path, release: str) -> None:
             said = story.typed("dgx-kvm plan", code=2)
             expect(f"NIC {NAME} has {COUNT} VFs and none is free" in said, said)
             _declare(host, LAB)
+        with told("a VLAN on a bridge that filters them: tagged by libvirt 11, refused before"):
+            _tag_on_bridge(story)
         with told("the VM is off: the host has it back"):
             story.typed("dgx-kvm stop lab", GUESTS)
             _check_given_back(host)
@@ -129,6 +134,24 @@ def _check(story: Story) -> None:
     said = story.typed(f"ip link show {NAME}")
     lines = [line for line in said.splitlines() if macs[0] in line and f"vlan {VLAN}" in line]
     expect(len(lines) == 1, f"no VF of {NAME} has {macs[0]} and VLAN {VLAN}:\n{said}")
+
+
+def _tag_on_bridge(story: Story) -> None:
+    host = story.host
+    host.check(f"ip link add {BRIDGE} type bridge vlan_filtering 1 && ip link set {BRIDGE} up")
+    _declare(host, LAB, TAGGED)
+    version = re.search(r"library: libvirt (\d+)", host.check("virsh version"))
+    assert version
+    if int(version[1]) < TAGGING_LIBVIRT:
+        said = story.typed("dgx-kvm plan", code=2)
+        expect(f"cannot put VLAN {BRIDGE_VLAN} on bridge {BRIDGE}" in said, said)
+    else:
+        story.typed("dgx-kvm apply", GUESTS)
+        port = host.check("virsh domiflist tagged | awk '$2 == \"bridge\" {print $1}'").strip()
+        said = story.typed(f"bridge vlan show dev {port}")
+        expect(re.search(rf"\b{BRIDGE_VLAN} PVID Egress Untagged", said), said)
+    _declare(host, LAB)
+    host.check("dgx-kvm apply --prune --restart", GUESTS)
 
 
 def _check_given_back(host: Machine) -> None:
