@@ -114,7 +114,7 @@ def _install(kit: Tools, directory: Path, release: str, dependencies: bool) -> N
     kit.run("bin/qemu-img", "convert", "-O", "qcow2", str(raw), str(qcow2))
     raw.unlink()
     hardware = Hardware(named(FINISHING_SHAPE), qcow2, served=False)
-    with Machine(kit, hardware, name=f"finish-{release}") as machine:
+    with Machine(kit, hardware, name=f"finish-{directory.stem}") as machine:
         machine.boot()
         with step("GRUB and initramfs, made by the machine itself"):
             machine.check(FINISH, timeout=600)
