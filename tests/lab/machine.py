@@ -24,7 +24,8 @@ from lab.shape import SHAPES
 from lab.tools import Tools
 
 BOOT = 900  # seconds; many times what the smallest machine needs on an idle host
-UNPACK = 1800.0  # seconds; archives may hold images
+ANSWER = 300.0  # seconds; for what takes one, on a host with other work to do
+COPY = 1800.0  # seconds; archives may hold images
 STUCK = ("grub>", "grub rescue>", "(initramfs)", "end Kernel panic", "emergency mode")
 SHARED = (
     "mkdir -p /run/lab && mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 lab /run/lab"
@@ -111,7 +112,7 @@ class Machine:
             self.wait_for_shell(timeout)
             self.settled(timeout)
 
-    def power_off(self, timeout: float = 120) -> None:
+    def power_off(self, timeout: float = ANSWER) -> None:
         """Shut down as an administrator does."""
         with step(f"{self.name}: power off"):
             self._shell().send("systemctl poweroff")
@@ -140,7 +141,7 @@ class Machine:
 
     # --- in the machine
 
-    def run(self, text: str, timeout: float = 120) -> Result:
+    def run(self, text: str, timeout: float = ANSWER) -> Result:
         """Run a bash script as root; its end is waited for."""
         if len(text.encode()) > LONGEST:
             script = self._share("script", text.encode())
@@ -151,7 +152,7 @@ class Machine:
         except Silence as error:
             raise self._failure(f"`{text[:200]}` gave no answer in {timeout:.0f} s") from error
 
-    def check(self, text: str, timeout: float = 120) -> str:
+    def check(self, text: str, timeout: float = ANSWER) -> str:
         """The output of a script that has to succeed."""
         result = self.run(text, timeout)
         if result.code:
@@ -166,7 +167,8 @@ class Machine:
         """Copy a file into the machine; its mode is kept."""
         name = self._share(source.name, source.read_bytes(), source.stat().st_mode & 0o777)
         where, name = shlex.quote(target), shlex.quote(name)
-        self.check(f"{SHARED} && cp -p /run/lab/{name} {where}; r=$?; umount /run/lab; exit $r")
+        script = f"{SHARED} && cp -p /run/lab/{name} {where}; r=$?; umount /run/lab; exit $r"
+        self.check(script, COPY)
         (self.directory / "share" / shlex.split(name)[0]).unlink()
 
     def unpack(self, archive: Path, folder: str) -> None:
@@ -175,7 +177,7 @@ class Machine:
         self.check(
             f"mkdir -p {folder} && tar -xf /srv/archive.tar -C {folder} --strip-components=1"
             " --no-same-owner && rm /srv/archive.tar",
-            UNPACK,
+            COPY,
         )
 
     def get(self, source: str) -> bytes:
