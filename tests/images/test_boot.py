@@ -152,6 +152,11 @@ def test_the_console_shows_loader_kernel_and_login(guest: Guest) -> None:
     assert "lab login:" in guest.console()
 
 
+def test_the_console_has_its_login_however_slow_the_host(guest: Guest) -> None:
+    shown = guest.ssh("systemctl show -p JobRunningTimeoutUSec dev-ttyS0.device")
+    assert shown.strip() == "JobRunningTimeoutUSec=10min"
+
+
 def test_nobody_has_a_password(guest: Guest) -> None:
     hashes = [line.split(":")[1] for line in guest.ssh("cat /etc/shadow").splitlines()]
     assert all(each.startswith(("!", "*")) for each in hashes)

@@ -16,7 +16,7 @@ from lab.machine import Machine, overlay
 from lab.packages import LabError
 from lab.qemu import Hardware
 from lab.shape import named
-from lab.story import INSTALL, Story, Tour, expect, told
+from lab.story import GUESTS, INSTALL, Story, Tour, expect, told
 from lab.tools import tools
 from tools import bundle
 from tools.repository import built
@@ -170,9 +170,11 @@ def _check_ssh(story: Story, name: str) -> None:
 
 
 def _check_console(host: Machine, name: str) -> None:
-    shown = host.check(
-        f"timeout 60 script -qec 'dgx-kvm console {name}' /dev/null"
-        " < <(sleep 10; echo; sleep 30; printf '\\035') || true",
-        120,
-    )
-    expect(f"{name} login:" in shown, f"the console of {name} shows: {shown[-500:]}")
+    """Its getty is started last of all."""
+    deadline, shown = time.monotonic() + GUESTS, ""
+    while f"{name} login:" not in shown:
+        expect(time.monotonic() < deadline, f"the console of {name} shows: {shown[-500:]}")
+        shown = host.check(
+            f"timeout 60 script -qec 'dgx-kvm console {name}' /dev/null"
+            " < <(sleep 10; echo; sleep 30; printf '\\035') || true"
+        )
