@@ -244,3 +244,44 @@ def test_a_driver_that_was_not_built_ends_the_build_and_no_key_of_it_stays(
     assert done.returncode == code
     assert ("the NVIDIA module for 6.1.0-1-amd64 has version" in done.stderr) == bool(code)
     assert key.exists() != bool(driver)
+
+
+CHROOT = """\
+#!/bin/sh
+shift
+case "$*" in
+    "apt-cache policy nvidia-fabricmanager-535") echo "  Candidate: $MANAGER" ;;
+    "apt-cache policy nvidia-container-toolkit") echo "  Candidate: $TOOLKIT" ;;
+    dpkg-query*) printf '\\n535.309.01-0+deb12u1\\n' ;;
+    *" install "*) for package; do :; done; echo "$package" >>"$TOLD" ;;
+esac
+"""
+
+
+@pytest.mark.commands
+@pytest.mark.parametrize(
+    ("manager", "toolkit", "installed"),
+    [
+        ("(none)", "(none)", []),
+        ("(none)", "1.17.0-1", ["nvidia-container-toolkit"]),
+        ("535.309.01-1", "(none)", ["nvidia-fabricmanager-535"]),
+        ("535.309.02-1", "1.17.0-1", ["nvidia-container-toolkit"]),
+    ],
+)
+def test_optional_packages_are_those_there_are_and_a_fabric_manager_that_fits(
+    tmp_path: Path, manager: str, toolkit: str, installed: list[str]
+) -> None:
+    """An archive that has them is a stand-in: Debian's has neither."""
+    program = tmp_path / "chroot"
+    program.write_text(CHROOT)
+    program.chmod(0o755)
+    told = tmp_path / "told"
+    told.touch()
+    optional = recipes.find("debian-12-cuda-535").optional
+    given = {"MANAGER": manager, "TOOLKIT": toolkit, "TOLD": str(told)}
+    subprocess.run(
+        (recipes.RECIPES / "hooks/20-optional", tmp_path),
+        env={**given, "PATH": f"{tmp_path}:/usr/bin:/bin", "IMAGE_OPTIONAL": " ".join(optional)},
+        check=True,
+    )
+    assert told.read_text().split() == installed
