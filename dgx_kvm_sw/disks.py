@@ -160,8 +160,20 @@ def room(
                 damaged.append(Unplaceable(vm, (error.message,), (remedy,)))
                 wanted.pop(vm, None)
     space = hypervisor.space(str(root.path(pool)))
-    refused = (*damaged, *storage.refusals(wanted, current, space, copies))
+    copying = _copying(root, hypervisor, pool, catalogue)
+    refused = (*damaged, *storage.refusals(wanted, current, space, copies, copying))
     return refused, storage.overcommitment(wanted, current, space)
+
+
+def _copying(
+    root: Root, hypervisor: Hypervisor, pool: str, catalogue: Catalogue
+) -> storage.Copying:
+    needed = {image.base: bases.copy_mib(root, image) for image in catalogue.images.values()}
+    mib = {base: size for base, size in needed.items() if size}
+    folder = root.path(images.BASES)
+    if not mib or bases.device(folder) == bases.device(root.path(pool)):
+        return storage.Copying(mib)
+    return storage.Copying(mib, hypervisor.space(str(folder)).free_mib)
 
 
 def notes(

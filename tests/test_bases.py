@@ -142,6 +142,27 @@ def test_a_copy_that_does_not_fit_is_not_begun(root: Root, monkeypatch: pytest.M
     assert root.names(BASES) == []
 
 
+@TWO_FILE_SYSTEMS
+@pytest.mark.parametrize(
+    ("linked", "free", "refused"),
+    [(False, 30, ["a", "b"]), (False, 70, []), (True, 30, [])],
+)
+def test_a_copy_that_does_not_fit_is_found_by_the_plan_and_counted_once(
+    at: SimulatedHost, linked: bool, free: int, refused: list[str]
+) -> None:
+    image = add(at.root, "debian-12")
+    if not linked:
+        on_another_file_system(at.root, image.path)
+    at.root.write("/libvirt/space", f"999999 {free}")
+    at.declare(*(f"name: {vm}, gpus: 0, image: debian-12" for vm in "ab"), "name: c, gpus: 0")
+    plan = at.plan()
+    assert [each.vm for each in plan.unplaceable] == refused
+    assert all(
+        "of the storage pool, which has 30 MiB free" in each.reasons[0] for each in plan.unplaceable
+    )
+    assert "c" in {action.vm for action in plan.actions}
+
+
 def test_what_a_killed_adoption_has_left_is_in_nobodys_way(root: Root) -> None:
     image = add(root, "debian-12")
     left_over = root.path(image.base).with_name(f".adopting-{Path(image.base).name}")

@@ -493,3 +493,15 @@ def test_a_bar_is_drawn_for_a_person_only(bare: Host, tmp_path: Path) -> None:
     assert "big " in drawn_text
     assert "MiB of 40 MiB" in drawn_text
     assert drawn_text.endswith("\r\x1b[K")
+
+
+def test_an_import_draws_the_bar_too(bare: Host, tmp_path: Path) -> None:
+    file = tmp_path / "disk.raw"
+    file.write_bytes(BOOT_SECTOR + bytes((40 << 20) - len(BOOT_SECTOR)))
+    checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+    words = f"image import {file} --name mine --sha256 {checksum}"
+    master, slave = os.openpty()
+    done = bare.outside(words, capture_output=False, stdout=subprocess.DEVNULL, stderr=slave)
+    os.close(slave)
+    assert done.returncode == 0
+    assert re.search(r"mine \S+ +\d+ %  \d+ MiB of 40 MiB", os.read(master, 65536).decode())

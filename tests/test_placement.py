@@ -132,6 +132,16 @@ def _lowest_shared_switch(inputs: Inputs) -> dict[PciAddress, set[PciAddress]]:
     return result
 
 
+@pytest.mark.parametrize("name", MACHINES)
+def test_a_drive_is_the_nearest_to_the_gpus_of_the_vm(sound: Sound, name: str) -> None:
+    inputs = sound(name)
+    free = [d.pci for d in inputs.topology.drives if not d.block_devices]
+    for one in inputs.topology.gpus:
+        (placed,) = place(declare(inputs, vm("a", 1, pin=(str(one.index),), drives=1))).placed
+        hops = {d.address: distance(inputs.topology, one.pci, d) for d in free}
+        assert hops[placed.drives[0]] == min(hops.values())
+
+
 def test_devices_that_the_host_uses_are_never_given(sound: Sound) -> None:
     for name in MACHINES:
         inputs = sound(name)

@@ -51,3 +51,7 @@ def test_packages_that_were_not_built_are_one_sentence(
     monkeypatch.setattr(bundle, "built", lambda: [Path("dgx-kvm-sw_1_all.deb")])
     assert bundle.main(["bookworm", "nonsense"]) == 1
     assert capsys.readouterr() == ("", "bundle: nonsense: not built; there are dgx-kvm-sw\n")
+
+
+def test_a_site_can_read_install_sh_before_it_runs_it() -> None:
+    assert len(bundle.INSTALL.read_text().splitlines()) <= 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from dgx_kvm_sw.execute import JOURNAL
 from dgx_kvm_sw.guest.seed import held_digest
 from dgx_kvm_sw.model.actions import WriteSeed
 from dgx_kvm_sw.model.errors import BadFileError
+from tools import documents
 
 pytestmark = pytest.mark.commands  # xorriso
 
@@ -372,6 +374,15 @@ def test_a_hook_runs_before_each_start_and_knows_the_gpus(at: SimulatedHost) -> 
     at.settle()
     gpus = [str(gpu.pci.address) for gpu in at.situation.topology.gpus[:2]]
     assert at.root.read("/ran") == f"g {' '.join(gpus)}"
+
+
+@pytest.mark.parametrize("stage", ["vm-seed", "vm-start"])
+def test_hooks_are_told_what_the_man_page_says(at: SimulatedHost, stage: str) -> None:
+    hook(at, stage, f"env | sed -n 's/^\\(DGX_KVM_[A-Z_]*\\)=.*/\\1/p' >{at.root.directory}/told")
+    at.declare(A)
+    at.settle()
+    (said,) = (text for name, text in documents.FILES if name == f"{HOOKS}/{stage}/")
+    assert set(at.root.read("/told").split()) == set(re.findall(r"DGX_KVM_[A-Z_]+", said))
 
 
 @pytest.mark.parametrize("stage", ["vm-seed", "vm-start"])

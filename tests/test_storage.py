@@ -12,9 +12,10 @@ import pytest
 from hosts import ALL, SimulatedHost
 
 from dgx_kvm_sw.access.files import Root
+from dgx_kvm_sw.decide import storage
 from dgx_kvm_sw.guest import copies, lvm
 from dgx_kvm_sw.host import diskio
-from dgx_kvm_sw.model.domain import Volume
+from dgx_kvm_sw.model.domain import CurrentState, Space, Volume
 from dgx_kvm_sw.model.errors import HostError
 
 Host = Callable[..., SimulatedHost]
@@ -65,6 +66,20 @@ def test_what_has_no_room_is_refused_before_anything(
     plan = at.plan()
     assert [(r.vm, reason in r.reasons[0]) for r in plan.unplaceable] == [("a", True)]
     assert {action.vm for action in plan.actions} == {"b"}
+
+
+@pytest.mark.parametrize(("free", "refused"), [(450, ["a", "c"]), (500, ["b"]), (901, [])])
+def test_bases_on_a_file_system_of_their_own_need_room_there(free: int, refused: list[str]) -> None:
+    """A base that two VMs lie on is made once, and not for one that is refused."""
+    bases = {"a": "/bases/x", "b": "/bases/y", "c": "/bases/x"}
+    wanted = {
+        vm: (Volume(f"{vm}.qcow2", f"/pool/{vm}.qcow2", 1024, "qcow2", base),)
+        for vm, base in bases.items()
+    }
+    copying = storage.Copying({"/bases/x": 500, "/bases/y": 401}, free)
+    found = [*storage.refusals(wanted, CurrentState((), ()), Space(9, 9), {}, copying)]
+    assert [each.vm for each in found] == refused
+    assert all("MiB of the file system of the bases, which has" in r.reasons[0] for r in found)
 
 
 def test_more_promises_than_room_are_a_note(at: SimulatedHost) -> None:

@@ -122,7 +122,9 @@ def test_a_vm_that_left_the_file_stays_until_prune(eight: Host) -> None:
         "vm-7.os.qcow2 -> deleted  (destroys data)"
         in eight("plan --prune --restart --delete-disks").out
     )
-    assert eight("apply --prune --restart").last == "Done: 1 deleted."
+    done = eight("apply --prune --restart")
+    assert f"disks: {POOL_PATH}/vm-7.os.qcow2 -> kept\n" in done.out
+    assert done.last == "Done: 1 deleted."
     assert eight.root.exists("/libvirt/volumes/vm-7.os.qcow2")
 
 

@@ -30,14 +30,15 @@ FILES = (
         "/etc/dgx-kvm/hooks.d/vm-seed/",
         "programs to run before a VM's first boot settings are written, in the order of their"
         " names, for 60 s at most each; they may edit the files in $DGX_KVM_SEED_DIR. They get"
-        " DGX_KVM_VM, DGX_KVM_UUID, DGX_KVM_TENANT and DGX_KVM_IMAGE. One that fails stops this VM"
-        " alone. What hooks print is kept in the journal, so it must not be secret; they must not"
-        " call dgx-kvm to change anything",
+        " DGX_KVM_STAGE (vm-seed), DGX_KVM_VM, DGX_KVM_UUID, DGX_KVM_TENANT and DGX_KVM_IMAGE."
+        " One that fails stops this VM alone. What hooks print is kept in the journal, so it must"
+        " not be secret; they must not call dgx-kvm to change anything",
     ),
     (
         "/etc/dgx-kvm/hooks.d/vm-start/",
-        "the same before each start of a VM, when its devices are ready: DGX_KVM_VM, DGX_KVM_UUID,"
-        " DGX_KVM_GPUS and DGX_KVM_DEVICES, PCI addresses with blanks between",
+        "the same before each start of a VM, when its devices are ready, with DGX_KVM_STAGE,"
+        " DGX_KVM_VM, DGX_KVM_UUID, DGX_KVM_GPUS and DGX_KVM_DEVICES, PCI addresses with blanks"
+        " between",
     ),
     ("/var/lib/dgx-kvm/images/", "the disks of the VMs; never removed unasked"),
     ("/var/lib/dgx-kvm/bases/", "what disks that were made from images lie on; imported images"),

@@ -1,15 +1,12 @@
 #!/bin/sh
-# Installs from this folder and nothing else, without a network: ./install.sh [PACKAGE...], as root.
-# Every file is checked against the signature by the key here; compare that key's fingerprint with
-# the one you were given by another way: gpg --show-keys dgx-kvm-archive-keyring.asc
+# Installs from this folder alone, without a network: ./install.sh [PACKAGE...], as root. It trusts
+# the key here; compare it with what you were told: gpg --show-keys dgx-kvm-archive-keyring.asc
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 [ $# -gt 0 ] || set -- dgx-kvm-sw
 found=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
-if [ "$found" != @RELEASE@ ]; then
-    echo "install.sh: this is ${found:-unknown}, the packages here are for @RELEASE@; take that bundle" >&2
-    exit 1
-fi
+[ "$found" = @RELEASE@ ] ||
+    { echo "install.sh: this is ${found:-unknown}, the packages here are for @RELEASE@; take that bundle" >&2; exit 1; }
 (cd "$here" && sha256sum --quiet --strict -c SHA256SUMS) || exit 1 # names a file damaged on its way
 state=$(mktemp -d) && trap 'rm -rf "$state"' EXIT
 mkdir -p "$state/lists/partial" "$state/sources" && chmod -R a+rX "$state"

@@ -23,6 +23,14 @@ class Growth:
         return self.volume.capacity_mib - self.held_mib
 
 
+@dataclass(frozen=True)
+class Copying:
+    """Bases that have to be copied first, as their images are on another file system."""
+
+    mib: Mapping[str, int]  # by path of the base
+    free_mib: int | None = None  # where they go; None: to the file system of the pool
+
+
 def new_volumes(wanted: tuple[Volume, ...], current: CurrentState) -> tuple[Volume, ...]:
     have = {volume.path for volume in current.volumes}
     return tuple(volume for volume in wanted if volume.path not in have)
@@ -43,18 +51,24 @@ def refusals(
     current: CurrentState,
     space: Space,
     copies: Mapping[str, int],
+    bases: Copying,
 ) -> Iterator[Unplaceable]:
     """Refuse VMs, in file order, whose new disks do not fit; `copies`: MiB by path of a copy.
 
-    What an earlier VM is to get counts as gone for the later ones.
+    What an earlier VM is to get counts as gone for the later ones, a base once.
     """
-    pool = space.free_mib
+    pool, beside = space.free_mib, bases.free_mib or 0
+    made: set[str] = set()
     groups = {group.name: group for group in current.groups}
     free = {group.name: group.free_mib for group in current.groups}
     for vm, volumes in wanted.items():
         new = new_volumes(volumes, current)
         files = sum(_least_mib(v, copies) for v in new if not v.group)
         files += sum(g.more_mib for g in growths(volumes, current) if g.volume.format == "raw")
+        below = {v.backing or v.source for v in new} & bases.mib.keys() - made
+        copied = sum(bases.mib[base] for base in below)
+        if bases.free_mib is None:
+            files, copied = files + copied, 0
         needs: dict[str, int] = {}
         for volume in (each for each in new if each.group):
             group = groups.get(volume.group)
@@ -71,11 +85,15 @@ def refusals(
             if files > pool:
                 hint = "make room there, ask for less, or give the pool a larger file system"
                 yield _short(vm, "the storage pool", files, pool, hint)
+            elif copied > beside:
+                hint = "make room there: a copy of the VM's image has to go there first"
+                yield _short(vm, "the file system of the bases", copied, beside, hint)
             elif short:
                 hint = "add a drive to it with `vgextend`, or ask for less"
                 yield _short(vm, f"volume group {short}", needs[short], free[short], hint)
             else:
-                pool -= files
+                pool, beside = pool - files, beside - copied
+                made |= below
                 free = {name: mib - needs.get(name, 0) for name, mib in free.items()}
 
 

@@ -119,13 +119,35 @@ def check_room(folder: Path, source: Path) -> None:
     """Raise HostError unless a copy of `source` fits there, with some room to spare."""
     there = os.statvfs(folder)
     free = there.f_bavail * there.f_frsize
-    needed = source.stat().st_blocks * 512 + _SPARE_BYTES
+    needed = _copy_bytes(source)
     if free < needed:
         raise HostError(
             f"a copy of {source} does not fit in {folder}: it needs {needed >> 20} MiB,"
             f" {free >> 20} MiB are free",
             "free some space on that file system, then repeat this command",
         )
+
+
+def _copy_bytes(source: Path) -> int:
+    return source.stat().st_blocks * 512 + _SPARE_BYTES
+
+
+def copy_mib(root: Root, image: Image) -> int:
+    """How much room a base that is still to be made takes: none where it can be a link."""
+    source, folder = root.path(image.path), root.path(BASES)
+    try:
+        if root.exists(image.base) or source.stat().st_dev == device(folder):
+            return 0
+        return -(-_copy_bytes(source) >> 20)
+    except OSError:
+        return 0  # whoever makes it says why it cannot
+
+
+def device(folder: Path) -> int:
+    """The file system that a folder is on, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder.stat().st_dev
 
 
 def make_folder(root: Root) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 OVMF = Path("/usr/share/OVMF")
 DISK_GIB = 12
+CPUS = 2
 BOOT_SECONDS = 1500  # on a machine of two busy cores one takes some minutes
 MAC = "52:54:00:12:34:56"
 USER = "tester"
@@ -112,8 +113,8 @@ def _command(overlay: Path, firmware: str, port: int, folder: Path) -> list[str]
         ]  # fmt: skip
     return [
         "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-machine", "q35", "-cpu", "max",
-        "-smp", "2", "-m", "2048", "-nodefaults", "-no-user-config", "-display", "none", *uefi,
-        "-serial", f"file:{folder}/console",
+        "-smp", str(CPUS), "-m", "2048", "-nodefaults", "-no-user-config", "-display", "none",
+        *uefi, "-serial", f"file:{folder}/console",
         "-drive", f"if=none,id=os,file={overlay},format=qcow2,cache=unsafe,discard=unmap",
         "-device", "virtio-blk-pci,drive=os,bootindex=1",
         "-drive", f"if=none,id=seed,media=cdrom,readonly=on,format=raw,file={folder}/seed.iso",

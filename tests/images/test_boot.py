@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from images.guest import DISK_GIB, Guest, booted
+from images.guest import CPUS, DISK_GIB, Guest, booted
 
 pytestmark = pytest.mark.images
 
@@ -169,6 +169,21 @@ def test_the_kernel_is_the_one_of_the_manifest(guest: Guest, name: str, install:
     if driver:
         found = guest.ssh("modinfo -F version nvidia-current || modinfo -F version nvidia")
         assert found.strip() == driver
+
+
+def test_its_packages_are_those_of_its_list(guest: Guest, name: str, install: Install) -> None:
+    listed = install(name).root / f"usr/share/doc/dgx-kvm-image-{name}/packages"
+    found = guest.ssh('dpkg-query -W -f "\\${Package} \\${Version}\\n"')
+    assert sorted(found.splitlines()) == listed.read_text().splitlines()
+    assert "irqbalance" not in {line.split()[0] for line in found.splitlines()}
+
+
+def test_each_cpu_has_a_queue_of_the_disk(guest: Guest) -> None:
+    assert guest.ssh("cat /sys/block/vda/mq/*/cpu_list").split() == [str(n) for n in range(CPUS)]
+
+
+def test_what_is_deleted_is_given_back_to_the_host(guest: Guest) -> None:
+    assert "discard" in guest.ssh("findmnt -no OPTIONS /").strip().split(",")
 
 
 def test_it_keeps_no_apt_settings_of_the_builder(guest: Guest) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import subprocess
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tools.images.build import _version
 from tools.images.disk import MIB, SECTOR, embed_bios_grub
 from tools.images.programs import BuildError, call
 from tools.images.sources import sources
-from tools.images.tree import Identity, environment
+from tools.images.tree import Identity, contents, environment, make_tree, remove
 
 DAY = 1795305600  # 2026-11-22
 DEBIAN = recipes.find("debian-12")
@@ -120,6 +121,33 @@ def test_what_one_build_calls_its_file_systems_another_does_too() -> None:
     one, two = (Identity.of(DEBIAN, "12.20261122", epoch) for epoch in (DAY, DAY + 60))
     assert (one.root_uuid, one.esp_id) == (two.root_uuid, two.esp_id)
     assert Identity.of(DEBIAN, "12.20261123", DAY).root_uuid != one.root_uuid
+
+
+def found(root: Path) -> dict[str, str]:
+    """Every file of a tree with what is in it, a link with where it leads."""
+    paths = [path for path in root.rglob("*") if path.is_symlink() or path.is_file()]
+    return {
+        str(path.relative_to(root)): os.readlink(path)
+        if path.is_symlink()
+        else sha256(path.read_bytes()).hexdigest()
+        for path in paths
+    }
+
+
+@pytest.mark.images
+def test_a_second_build_has_the_same_packages_and_the_same_files(tmp_path: Path) -> None:
+    """The trees alone: what becomes of one is decided by its files and the names in Identity."""
+    identity, log = Identity.of(DEBIAN, "12.20261122", DAY), tmp_path / "log"
+    trees = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        trees.append(make_tree(DEBIAN, identity, tmp_path / name, log))
+    one, two = trees
+    assert contents(one, log) == contents(two, log)
+    files, again = found(one), found(two)
+    assert {path for path in files | again if files.get(path) != again.get(path)} == set()
+    for tree in trees:
+        remove(tree)
 
 
 def test_hooks_are_told_what_the_readme_says() -> None:
@@ -244,3 +272,44 @@ def test_a_driver_that_was_not_built_ends_the_build_and_no_key_of_it_stays(
     assert done.returncode == code
     assert ("the NVIDIA module for 6.1.0-1-amd64 has version" in done.stderr) == bool(code)
     assert key.exists() != bool(driver)
+
+
+CHROOT = """\
+#!/bin/sh
+shift
+case "$*" in
+    "apt-cache policy nvidia-fabricmanager-535") echo "  Candidate: $MANAGER" ;;
+    "apt-cache policy nvidia-container-toolkit") echo "  Candidate: $TOOLKIT" ;;
+    dpkg-query*) printf '\\n535.309.01-0+deb12u1\\n' ;;
+    *" install "*) for package; do :; done; echo "$package" >>"$TOLD" ;;
+esac
+"""
+
+
+@pytest.mark.commands
+@pytest.mark.parametrize(
+    ("manager", "toolkit", "installed"),
+    [
+        ("(none)", "(none)", []),
+        ("(none)", "1.17.0-1", ["nvidia-container-toolkit"]),
+        ("535.309.01-1", "(none)", ["nvidia-fabricmanager-535"]),
+        ("535.309.02-1", "1.17.0-1", ["nvidia-container-toolkit"]),
+    ],
+)
+def test_optional_packages_are_those_there_are_and_a_fabric_manager_that_fits(
+    tmp_path: Path, manager: str, toolkit: str, installed: list[str]
+) -> None:
+    """An archive that has them is a stand-in: Debian's has neither."""
+    program = tmp_path / "chroot"
+    program.write_text(CHROOT)
+    program.chmod(0o755)
+    told = tmp_path / "told"
+    told.touch()
+    optional = recipes.find("debian-12-cuda-535").optional
+    given = {"MANAGER": manager, "TOOLKIT": toolkit, "TOLD": str(told)}
+    subprocess.run(
+        (recipes.RECIPES / "hooks/20-optional", tmp_path),
+        env={**given, "PATH": f"{tmp_path}:/usr/bin:/bin", "IMAGE_OPTIONAL": " ".join(optional)},
+        check=True,
+    )
+    assert told.read_text().split() == installed

@@ -41,6 +41,13 @@ def test_the_recipes_are_of_three_debians_and_three_ubuntus() -> None:
     }
 
 
+def test_older_debians_have_the_branch_of_older_gpus_too() -> None:
+    """As many as Debian has in each release: 470 is the last one that knows Kepler."""
+    found = {(image.os, image.release, image.driver) for image in recipes.every() if image.driver}
+    wanted = {("11", "470"), ("12", "470"), ("12", "535"), ("13", "535"), ("13", "550")}
+    assert {(release, driver) for os, release, driver in found if os == "debian"} == wanted
+
+
 def test_every_release_has_a_variant_with_a_driver() -> None:
     releases = {(image.os, image.release) for image in recipes.every()}
     assert releases == {(each.os, each.release) for each in recipes.every() if each.driver}

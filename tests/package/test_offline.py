@@ -8,22 +8,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from images.test_package import facts, qcow2
 
 from package import bases
 from package.debs import NAME, field
 from package.machine import Machine, chroot
 from tools import bundle, repository
+from tools.images import recipes
+from tools.images.package import make_package
 
 pytestmark = pytest.mark.package
 
 PLACE = "/srv/a bundle"  # people do that
+IMAGE = "debian-12"
 Bundles = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
 def bundles(deb: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundles:
-    out = tmp_path_factory.mktemp("bundles")
-    return functools.cache(lambda suite: bundle.make(suite, [NAME], out))
+    """Bundles by release, of our package and one of a guest image that is small."""
+    out, images = tmp_path_factory.mktemp("bundles"), tmp_path_factory.mktemp("images")
+    disk = qcow2(images / "image.qcow2")
+    image = recipes.find(IMAGE)
+    make_package(image, facts(disk, "12.20261122"), disk, images)
+
+    @functools.cache
+    def of(suite: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(repository, "BUILT", (str(deb.parent), str(images)))
+            return bundle.make(suite, [NAME, image.package], out)
+
+    return of
 
 
 @pytest.fixture
@@ -47,6 +62,12 @@ def test_the_bundle_alone_installs_the_package(site: Machine, deb: Path) -> None
     # The site's own apt is as it was: its sources, its lists.
     assert site.files("/var/lib/apt/lists") == lists
     assert not [name for name in site.files("/etc/apt") if "dgx-kvm" in name]
+
+
+def test_guest_images_are_installed_as_the_readme_says(site: Machine) -> None:
+    site(f"{PLACE}/install.sh", NAME, f"dgx-kvm-image-{IMAGE}")
+    assert "ok, not verified yet" in site("dgx-kvm", "image", "list")
+    assert f"{IMAGE}: ok" in site("dgx-kvm", "image", "verify")
 
 
 def test_what_the_package_merely_suggests_is_there_too(site: Machine) -> None:
