@@ -101,15 +101,16 @@ def closure(release: str, packages: Sequence[Path]) -> list[Path]:
         wanted += [name for package in packages for name in _useful(package)]
         # What libvirt and QEMU merely recommend is a desktop.
         install = ("--no-install-recommends", "--yes", "install", *wanted)
-        run("apt-get", "-qq", *_options(state, kept), "update")
+        run("apt-get", "-qq", *apt_options(state, kept), "update")
         # Asked of an empty cache: it lists only what it still lacks.
-        listed = run("apt-get", "-qq", *_options(state, state), "--print-uris", *install)
-        run("apt-get", "-qq", *_options(state, kept), "--download-only", *install)
+        listed = run("apt-get", "-qq", *apt_options(state, state), "--print-uris", *install)
+        run("apt-get", "-qq", *apt_options(state, kept), "--download-only", *install)
     own = {package.name for package in packages}
     return [kept / name for name in _LISTED.findall(listed) if name not in own]
 
 
-def _options(state: Path, kept: Path) -> list[str]:
+def apt_options(state: Path, kept: Path) -> list[str]:
+    """For apt to know what is in `state` and nothing of this machine; packages go to `kept`."""
     values = {
         "Dir::State": state, "Dir::State::status": state / "status",
         "Dir::State::extended_states": state / "extended",

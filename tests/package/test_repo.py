@@ -9,7 +9,7 @@ import pytest
 
 from package import debs
 from tools import repository
-from tools.bundle import _options
+from tools.bundle import apt_options
 
 pytestmark = pytest.mark.package
 
@@ -39,7 +39,7 @@ class Apt:
     def __call__(self, program: str, *words: str) -> tuple[bool, str]:
         """Whether it succeeds, and what it says."""
         done = subprocess.run(
-            (program, *_options(self.folder, self.folder), *words),
+            (program, *apt_options(self.folder, self.folder), *words),
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
