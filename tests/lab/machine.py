@@ -160,8 +160,12 @@ class Machine:
         return result.output
 
     def settled(self, timeout: float = BOOT) -> str:
-        """Wait until systemd has started all; its word for the state, such as `running`."""
-        return self.run("systemctl is-system-running --wait", timeout).output.strip()
+        """Wait until systemd has started all and udev has a driver for each device; systemd's word
+        for the state, such as `running`.
+        """
+        state = self.run("systemctl is-system-running --wait", timeout).output.strip()
+        self.check(f"udevadm settle --timeout={timeout:.0f}", timeout + ANSWER)
+        return state
 
     def put(self, source: Path, target: str) -> None:
         """Copy a file into the machine; its mode is kept."""
