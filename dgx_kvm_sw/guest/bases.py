@@ -152,14 +152,16 @@ def partial_file(root: Root) -> Iterator[tuple[BinaryIO, Path]]:
     killed command has left is removed first.
     """
     make_folder(root)
-    with images_locked(root):
-        _remove_left_overs(root)
-        descriptor, path = tempfile.mkstemp(prefix=_PARTIAL, dir=root.path(BASES))
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with os.fdopen(descriptor, "wb", buffering=0) as stream:
-        try:
+    path = ""
+    try:
+        with images_locked(root):
+            _remove_left_overs(root)
+            descriptor, path = tempfile.mkstemp(prefix=_PARTIAL, dir=root.path(BASES))
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with os.fdopen(descriptor, "wb", buffering=0) as stream:
             yield stream, Path(path)
-        finally:
+    finally:  # Ctrl-C comes at any moment
+        if path:
             Path(path).unlink(missing_ok=True)
 
 
