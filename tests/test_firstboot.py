@@ -153,6 +153,12 @@ def test_addresses(host: Host) -> None:
     [
         ("address: 10.1.0.500/24", "10.1.0.500/24 is not an address"),
         ("address: 10.1.0.5/40", "10.1.0.5/40 is not an address"),
+        ("address: 10.1.0.0/24", "10.1.0.0/24 is an address that no machine can have"),
+        ("address: 10.1.0.255/24", "10.1.0.255/24 is an address that no machine can have"),
+        ("address: 224.0.0.5/24", "224.0.0.5/24 is an address that no machine can have"),
+        ("address: 'fd00::/64'", "fd00::/64 is an address that no machine can have"),
+        ("address: '::1/128'", "::1/128 is an address that no machine can have"),
+        ("address: 10.1.0.5/24, gateway: 10.1.0.5", "10.1.0.5 is the VM's own address"),
         ("address: 10.1.0.5/24, gateway: 10.2.0.1", "10.2.0.1 is in no network of this VM"),
         ("gateway: 10.2.0.1", "10.2.0.1 is in no network of this VM"),
         ("dns: 1.2.3", "1.2.3 is not an IP address"),
@@ -165,6 +171,12 @@ def test_addresses(host: Host) -> None:
 def test_bad_networks_are_told(host: Host, keys: str, message: str) -> None:
     problem = host.vm_problem(f"gpus: 0, networks: [{{bridge: br0, {keys}}}]")
     assert problem.message.startswith(message)
+
+
+@pytest.mark.parametrize("address", ["10.1.0.4/31", "10.1.0.5/32", "fd00::ffff/112", "fd00::/127"])
+def test_small_networks_have_no_address_but_those_of_machines(host: Host, address: str) -> None:
+    text = f"version: 1\nvms:\n- {{name: a, gpus: 0, networks: [{{bridge: b, address: '{address}'}}]}}"
+    assert host.load(text).vms[0].first_boot.addressing[0].addresses == (address,)
 
 
 def test_an_address_is_given_once_in_a_network(host: Host) -> None:

@@ -492,6 +492,7 @@ def _state(host: Host) -> set[str]:
         ("--gpus 1 --network wire=x", ExitCode.USAGE, "--network"),
         ("--gpus 2 --pin 8", ExitCode.USAGE, "--pin"),
         ("--gpus 1 --pin [8", ExitCode.USAGE, "--pin"),
+        ("--gpus 1 --pin=", ExitCode.USAGE, "--pin: '' is not a GPU index"),
         ('--gpus 1 --image "},x:{', ExitCode.USAGE, "--image"),
         ("--gpus 1 --image 12", ExitCode.USAGE, "--image: there is no image '12'"),
         ("--gpus 1 --image zzz", ExitCode.USAGE, "known images: broken, debian-12"),

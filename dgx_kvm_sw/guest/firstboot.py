@@ -20,6 +20,10 @@ from dgx_kvm_sw.guest.yamlsource import MAX_BYTES
 from dgx_kvm_sw.model.errors import Problem
 from dgx_kvm_sw.model.spec import Addressing, FirstBoot, NetworkKind
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ipaddress import IPv4Interface, IPv6Interface
+
 MIME = re.compile(r"(content-type|mime-version)\s*:", re.IGNORECASE)
 CLOUD_CONFIG = "#cloud-config"
 
@@ -231,6 +235,10 @@ def _bad_network(document: Document, path: Path) -> Iterator[Problem]:
             interfaces.append(ipaddress.ip_interface(text))
         except ValueError:
             yield document.problem((*path, "address"), f"{text} is not an address")
+            continue
+        if not _is_for_a_host(interfaces[-1]):
+            message = f"{text} is an address that no machine can have"
+            yield document.problem((*path, "address"), message, "give one of a host in its network")
     for key in ("gateway", "dns"):
         for text in own[key]:
             try:
@@ -241,6 +249,19 @@ def _bad_network(document: Document, path: Path) -> Iterator[Problem]:
             if key == "gateway" and not any(address in each.network for each in interfaces):
                 hint = "give an `address` in its network; DHCP brings its own gateway"
                 yield document.problem((*path, key), f"{text} is in no network of this VM", hint)
+            elif key == "gateway" and any(address == each.ip for each in interfaces):
+                yield document.problem((*path, key), f"{text} is the VM's own address")
+
+
+def _is_for_a_host(interface: IPv4Interface | IPv6Interface) -> bool:
+    """Whether it is not that of a network itself, of all or many in it, or of every machine."""
+    address, network = interface.ip, interface.network
+    if address.is_multicast or address.is_unspecified or address.is_loopback:
+        return False
+    return network.num_addresses <= 2 or address not in (
+        network.network_address,
+        network.broadcast_address if address.version == 4 else None,
+    )
 
 
 def _repeated_addresses(documents: Sequence[Document]) -> Iterator[Problem]:
