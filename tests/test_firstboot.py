@@ -8,6 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+import yaml
 from specfiles import Host
 
 from dgx_kvm_sw.model.spec import Addressing
@@ -110,11 +111,33 @@ def test_a_file_of_a_gigabyte_is_refused_and_not_read(host: Host) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["#cloud-config\npackages: [a]\n", "#!/bin/sh\n", "MIME-Version: 1.0\n\n", "#include\nx\n"],
+    [
+        "#cloud-config\npackages: [a]\n",
+        "#cloud-config-archive\n- content: x\n",
+        "#!/bin/sh\n",
+        "MIME-Version: 1.0\n\n",
+        "#include\nx\n",
+    ],
 )
 def test_user_data_is_taken_as_it_is(host: Host, text: str) -> None:
     host.root.write("/root/ud", text)
     assert host.vm("gpus: 0, user_data: /root/ud").first_boot.user_data == text
+
+
+def test_a_cloud_config_of_many_vms_is_looked_at_once(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.root.write("/root/ud", "#cloud-config\na: b\n")
+    told = []
+    monkeypatch.setattr(yaml, "load", lambda *a, load=yaml.load: told.append(a) or load(*a))
+    vms = "".join(f"- {{name: {n}, gpus: 0, user_data: /root/ud}}\n" for n in "abc")
+    host.load(f"version: 1\nvms:\n{vms}")
+    assert sum("a: b" in str(each[0]) for each in told) == 1
+
+
+def test_the_mark_that_some_editors_begin_a_file_with_is_no_part_of_it(host: Host) -> None:
+    host.root.write("/root/ud", "\ufeff#!/bin/sh\n")
+    assert host.vm("gpus: 0, user_data: /root/ud").first_boot.user_data == "#!/bin/sh\n"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +146,9 @@ def test_user_data_is_taken_as_it_is(host: Host, text: str) -> None:
         ("password: SECRET\n", 3, "/root/ud does not begin as user data does"),
         ("#cloud-config\na: [SECRET\nb: c\n", 3, "is not YAML"),
         ("#cloud-config\n- SECRET\n", 0, "is not a mapping, as cloud-config is"),
+        pytest.param(
+            f"#cloud-config\na: {'[' * 50_000}{']' * 50_000}\n", 0, "is nested too deeply", id="deep"
+        ),
     ],
 )
 def test_bad_user_data_is_told_without_repeating_it(
