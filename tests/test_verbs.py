@@ -260,7 +260,18 @@ def test_a_saved_plan_keeps_its_options(eight: Host, tmp_path: Path) -> None:
     assert eight(f"apply {file}").last == "Done: 8 deleted."
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', "version: 1\n", "[" * 99999])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"version": 1}',
+        '{"version": 1, "file": 5, "intent": {}, "fingerprint": "", "actions": []}',
+        "version: 1\n",
+        pytest.param("[" * 99999, id="deep"),
+    ],
+)
 def test_what_is_no_plan_is_not_applied(text: str, eight: Host, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     file.write_text(text)
