@@ -67,6 +67,12 @@ def test_what_has_no_room_is_refused_before_anything(
     assert {action.vm for action in plan.actions} == {"b"}
 
 
+def test_a_simulated_pool_has_the_room_that_it_says(at: SimulatedHost) -> None:
+    at.declare("name: a, gpus: 0, disks: [{name: db, size: 200GiB, format: raw}]")
+    at.settle()
+    assert not at.plan().pending
+
+
 def test_more_promises_than_room_are_a_note(at: SimulatedHost) -> None:
     at.root.write("/libvirt/space", f"{60 * 1024} {60 * 1024}")
     at.declare("name: a, gpus: 0, os_disk: 40GiB", "name: b, gpus: 0, os_disk: 40GiB")
