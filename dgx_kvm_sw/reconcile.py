@@ -260,7 +260,7 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     placements = replace(placements, unplaceable=unplaceable)
     notes = (
         *catalogue.problems,
-        *disks.notes(desired, ours, current, around, catalogue),
+        *disks.notes(site.root, desired, ours, current, around, catalogue),
         *seeds.notes(desired, renewed, current, ours, around),
         *filter(None, (note,)),
     )
