@@ -97,7 +97,10 @@ def test_a_wrong_manifest_says_what_is_wrong(
     assert set(found.names) == {"other", "debian-12"}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"x"', "null", "\xff", pytest.param("[" * 100_000, id="deep")])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '"x"', "null", "\xff", pytest.param("[" * 100_000, id="deep")],
+)
 def test_what_is_no_manifest_is_named_and_hinders_no_other(root: Root, text: str) -> None:
     add(root, "debian-12")
     root.write(f"{MANIFESTS}/bad.json", text)

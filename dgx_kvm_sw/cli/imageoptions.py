@@ -69,7 +69,7 @@ def add_image_options(parser: Parser, add_everywhere: Callable[..., None]) -> No
 
 def _add_import(parser: Parser) -> None:
     def option(name: str, metavar: str, text: str, required: bool = False) -> None:
-        kind = path if metavar == "FILE" else str
+        kind: Callable[[str], str] = path if metavar == "FILE" else str
         parser.add_argument(name, metavar=metavar, type=kind, help=text, required=required)
 
     parser.add_argument("image_file", metavar="FILE", type=path, help="the disk image")

@@ -341,9 +341,9 @@ def _value(each: dataclasses.Field[Any], data: dict[str, Any]) -> Any:
     kind, words = _KINDS[str(each.type)]
     if type(value) is not kind:
         raise ValueError(f"{each.name!r} is not {words}: {value!r}")
-    if kind is str and not value.isprintable():
+    if isinstance(value, str) and not value.isprintable():
         raise ValueError(f"{each.name!r} holds what cannot be printed: {value!r}")
-    if kind is int and not 0 <= value <= _MOST_BYTES:
+    if isinstance(value, int) and not 0 <= value <= _MOST_BYTES:
         raise ValueError(f"{each.name!r} cannot be {str(value)[:40]}")
     return value
 
