@@ -177,20 +177,21 @@ def _copying(
 
 
 def notes(
+    root: Root,
     desired: list[Desired],
     spec: HostSpec,
     current: CurrentState,
     around: Surroundings,
     catalogue: Catalogue,
 ) -> Iterator[str]:
-    """Disks are made once: say where one lies on what is damaged, or where the file now asks for
-    others, and change nothing.
+    """Disks are made once: say where one lies on what is damaged or gone, or where the file now
+    asks for others, and change nothing.
 
     A newer version of a disk's image is no news here; `dgx-kvm image show` has it.
     """
     yield from (f"{each.reason} ({each.remedy})" for each in current.unread)
     users = bases.users(current)
-    for base, text, remedy in bases.damages(catalogue, users):
+    for base, text, remedy in bases.damages(root, catalogue, users):
         if base in users:
             yield f"{text} ({remedy})"
     held = {volume.path: volume for volume in current.volumes}

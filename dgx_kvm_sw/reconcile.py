@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from dgx_kvm_sw import disks, seeds
@@ -20,7 +20,7 @@ from dgx_kvm_sw.decide.domain import (
 )
 from dgx_kvm_sw.decide.fit import Inputs
 from dgx_kvm_sw.decide.holdings import holdings_of
-from dgx_kvm_sw.decide.placement import place
+from dgx_kvm_sw.decide.placement import place, summary
 from dgx_kvm_sw.decide.plan import (
     RESTART,
     Desired,
@@ -52,8 +52,8 @@ from dgx_kvm_sw.model.domain import (
 )
 from dgx_kvm_sw.model.errors import HostError, UsageError
 from dgx_kvm_sw.model.health import HealthReport
-from dgx_kvm_sw.model.pci import CpuSet, PciAddress
-from dgx_kvm_sw.model.placement import Placement, Placements, Unplaceable
+from dgx_kvm_sw.model.pci import PciAddress
+from dgx_kvm_sw.model.placement import Holding, Placement, Placements, Unplaceable
 from dgx_kvm_sw.model.platform import Partition, Platform
 from dgx_kvm_sw.model.seed import Seed
 from dgx_kvm_sw.model.spec import NO_SPEC, HostSpec, VmSpec
@@ -216,8 +216,13 @@ class Situation:
         return spec_file.sample_vm(root, self.site.spec_file, gpus, self.site.root)
 
 
-def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
-    """Read files, host and libvirt, place every VM, and render what has to be defined anew."""
+def gather(
+    site: Site, hypervisor: Hypervisor, intent: Intent, staying: frozenset[str] = frozenset()
+) -> Situation:
+    """Read files, host and libvirt, place every VM, and render what has to be defined anew.
+
+    VMs that are `staying` run on with what they have, as they could not be started again.
+    """
     catalogue = images.catalogue(site.root)
     spec = site.load_spec(None)  # of its images, each VM is told by itself
     platform, topology = platforms.survey(site.root)
@@ -225,8 +230,8 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
     health = _health(site, platform, topology, current)
     foreign = {domain.name for domain in current.domains if not domain.managed}
     ours = replace(spec, vms=tuple(vm for vm in spec.vms if vm.name not in foreign))
-    holdings = holdings_of(current, topology, spec, intent)
-    inputs = Inputs(ours, topology, platform, health, holdings, intent.restart)
+    holdings = _kept(holdings_of(current, topology, spec, intent), staying)
+    inputs = Inputs(ours, topology, platform, health, holdings, intent.restart, staying)
     placements = _placed(inputs, current, intent)
     taken = tuple(_name_taken(vm) for vm in spec.vms if vm.name in foreign)
     placements = replace(placements, unplaceable=(*taken, *placements.unplaceable))
@@ -237,8 +242,42 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
         networking.routes(site.root), networking.filtering_bridges(site.root), hypervisor.version
     )
     needed = networks.needed(ours.vms, current.networks, host.routes)
+    parts = _wanted(site, inputs, placements, around, current, needed, templates, features)
+    desired, definitions, renewed = parts
+    refused = [*_template_conflicts(desired, placements, inputs)]
+    refused += networks.refusals(ours.vms, needed, host)
+    refused += disks.refusals(desired, current, ours, catalogue)
+    names = {each.vm for each in refused}
+    desired = [want for want in desired if want.facts.name not in names]
+    short, note = disks.room(site.root, hypervisor, POOL_PATH, desired, current, catalogue)
+    names |= {each.vm for each in short}
+    if intent.restart and (stuck := _running(current) & names - staying):
+        return gather(site, hypervisor, intent, staying | stuck)
+    kept = tuple(want for want in desired if want.facts.name not in names)
+    placements = replace(placements, unplaceable=(*placements.unplaceable, *refused, *short))
+    notes = (
+        *catalogue.problems,
+        *disks.notes(site.root, desired, ours, current, around, catalogue),
+        *seeds.notes(desired, renewed, current, ours, around),
+        *filter(None, (note,)),
+    )
+    used = tuple(needed)
+    return Situation(inputs, current, placements, kept, definitions, notes, site, used, renewed)
+
+
+def _wanted(
+    site: Site,
+    inputs: Inputs,
+    placements: Placements,
+    around: Surroundings,
+    current: CurrentState,
+    needed: Mapping[str, HostNetwork],
+    templates: Templates,
+    features: domainxml.LibvirtFeatures,
+) -> tuple[list[Desired], dict[str, DomainDef], dict[str, Seed]]:
+    """Return what every placed VM is to be, and what has to be defined and written anew for it."""
     desired, definitions, renewed = [], {}, {}
-    for vm in ours.vms:
+    for vm in inputs.spec.vms:
         if placement := placements.of(vm.name):
             want = _desired(vm, placement, inputs, current, around, needed)
             want, seed = seeds.seeded(site.root, templates, vm, want, around)
@@ -248,24 +287,7 @@ def gather(site: Site, hypervisor: Hypervisor, intent: Intent) -> Situation:
             desired.append(want)
             if definition:
                 definitions[vm.name] = definition
-    refused = [*_template_conflicts(desired, placements, inputs)]
-    refused += networks.refusals(ours.vms, needed, host)
-    refused += disks.refusals(desired, current, ours, catalogue)
-    names = {each.vm for each in refused}
-    desired = [want for want in desired if want.facts.name not in names]
-    short, note = disks.room(site.root, hypervisor, POOL_PATH, desired, current, catalogue)
-    names = {each.vm for each in short}
-    kept = tuple(want for want in desired if want.facts.name not in names)
-    unplaceable = (*placements.unplaceable, *refused, *short)
-    placements = replace(placements, unplaceable=unplaceable)
-    notes = (
-        *catalogue.problems,
-        *disks.notes(desired, ours, current, around, catalogue),
-        *seeds.notes(desired, renewed, current, ours, around),
-        *filter(None, (note,)),
-    )
-    used = tuple(needed)
-    return Situation(inputs, current, placements, kept, definitions, notes, site, used, renewed)
+    return desired, definitions, renewed
 
 
 def _health(
@@ -358,16 +380,22 @@ def _placed_with_the_stuck(
     """Place again as long as a running VM is refused whose hardware others may have been given:
     a VM that cannot be started again is not stopped, so it keeps what it holds.
     """
-    running = {domain.name for domain in current.domains if domain.running}
     while stuck := {
         held.vm
         for held in inputs.holdings
-        if not held.stays and held.vm in running and placements.of(held.vm) is None
+        if not (held.stays or placements.of(held.vm)) and held.vm in _running(current)
     }:
-        kept = tuple(replace(h, stays=h.stays or h.vm in stuck) for h in inputs.holdings)
-        inputs = replace(inputs, holdings=kept)
+        inputs = replace(inputs, holdings=_kept(inputs.holdings, stuck))
         placements = place(inputs)
     return placements
+
+
+def _running(current: CurrentState) -> set[str]:
+    return {domain.name for domain in current.domains if domain.running}
+
+
+def _kept(holdings: tuple[Holding, ...], vms: Collection[str]) -> tuple[Holding, ...]:
+    return tuple(replace(held, stays=held.stays or held.vm in vms) for held in holdings)
 
 
 def _name_taken(vm: VmSpec) -> Unplaceable:
@@ -414,25 +442,6 @@ def _rendered(
         return want, None
     definition = domainxml.render(templates, want.facts, features)
     return replace(want, facts=definition.facts), definition
-
-
-def summary(placement: Placement, topology: Topology) -> str:
-    """Return one line for a person: what a VM gets, and where."""
-    gpus = [gpu.index for gpu in topology.gpus if gpu.pci.address in placement.gpus]
-    parts = []
-    if gpus:
-        kind = "GPU" if len(gpus) == 1 else "GPUs"
-        parts.append(f"{kind} {CpuSet.of(gpus)}")
-    counts = (
-        (len(placement.nvswitches), "NVSwitch", "NVSwitches"),
-        (len(placement.nics), "NIC", "NICs"),
-        (len(placement.drives), "drive", "drives"),
-        (len(placement.vfs), "VF", "VFs"),
-    )
-    parts += [f"{count} {one if count == 1 else many}" for count, one, many in counts if count]
-    parts += [f"{placement.vcpus} threads", f"{placement.memory_mib / 1024:g} GiB"]
-    nodes = CpuSet.of(cell.host_node for cell in placement.cells)
-    return f"{', '.join(parts)} on NUMA node{'s' if len(nodes) > 1 else ''} {nodes}"
 
 
 def _base_of(catalogue: images.Catalogue, name: str) -> tuple[str, str]:

@@ -56,6 +56,16 @@ def _tidy() -> object:
     shutil.rmtree(f"/dev/shm/dgx-kvm-test-{os.getpid()}", ignore_errors=True)
 
 
+def test_a_base_that_is_gone_is_told_by_whose_disks_lie_on_it(at: SimulatedHost) -> None:
+    image = add(at.root, "debian-12")
+    at.declare("name: a, gpus: 0, image: debian-12", "name: b, gpus: 0")
+    at.settle()
+    assert not any("is gone" in note for note in at.plan().notes)
+    at.root.remove(image.base)
+    (told,) = (note for note in at.plan().notes if "is gone" in note)
+    assert told.startswith(f"the base {image.base} is gone, and disks of a lie on it (put that")
+
+
 # -- adoption -----------------------------------------------------------------------------------
 
 

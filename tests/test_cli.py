@@ -136,6 +136,25 @@ def test_usage_errors_are_a_sentence_and_a_hint(
     assert len(said.splitlines()) <= 2
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["apply", ""],
+        ["plan", "-o", ""],
+        ["plan", "--file="],
+        ["--root", "", "apply"],
+        ["validate", ""],
+        ["image", "import", "x", "--name", "x", "--sha256", "0", "--signature", "", "--keyring="],
+    ],
+)
+def test_an_empty_name_is_not_taken_for_none(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`apply "$PLAN"` without such a variable would apply the file, and not a plan."""
+    assert main(words) == ExitCode.USAGE
+    assert "'' is not a name" in capsys.readouterr().err
+
+
 def test_a_name_with_a_newline_is_refused_on_one_line(run: Host) -> None:
     result = run("start", "a\nb")
     assert result.code == ExitCode.USAGE

@@ -6,8 +6,10 @@ import base64
 import os
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from specfiles import Host
 
 from dgx_kvm_sw.model.spec import Addressing
@@ -110,11 +112,38 @@ def test_a_file_of_a_gigabyte_is_refused_and_not_read(host: Host) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["#cloud-config\npackages: [a]\n", "#!/bin/sh\n", "MIME-Version: 1.0\n\n", "#include\nx\n"],
+    [
+        "#cloud-config\npackages: [a]\n",
+        "#cloud-config-archive\n- content: x\n",
+        "#!/bin/sh\n",
+        "MIME-Version: 1.0\n\n",
+        "#include\nx\n",
+    ],
 )
 def test_user_data_is_taken_as_it_is(host: Host, text: str) -> None:
     host.root.write("/root/ud", text)
     assert host.vm("gpus: 0, user_data: /root/ud").first_boot.user_data == text
+
+
+def test_a_cloud_config_of_many_vms_is_looked_at_once(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.root.write("/root/ud", "#cloud-config\na: b\n")
+    load, told = yaml.load, []
+
+    def counted(text: str, loader: Any) -> Any:
+        told.append(text)
+        return load(text, loader)
+
+    monkeypatch.setattr(yaml, "load", counted)
+    vms = "".join(f"- {{name: {n}, gpus: 0, user_data: /root/ud}}\n" for n in "abc")
+    host.load(f"version: 1\nvms:\n{vms}")
+    assert told == ["#cloud-config\na: b\n"]
+
+
+def test_the_mark_that_some_editors_begin_a_file_with_is_no_part_of_it(host: Host) -> None:
+    host.root.write("/root/ud", "\ufeff#!/bin/sh\n")
+    assert host.vm("gpus: 0, user_data: /root/ud").first_boot.user_data == "#!/bin/sh\n"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +152,12 @@ def test_user_data_is_taken_as_it_is(host: Host, text: str) -> None:
         ("password: SECRET\n", 3, "/root/ud does not begin as user data does"),
         ("#cloud-config\na: [SECRET\nb: c\n", 3, "is not YAML"),
         ("#cloud-config\n- SECRET\n", 0, "is not a mapping, as cloud-config is"),
+        pytest.param(
+            f"#cloud-config\na: {'[' * 50_000}{']' * 50_000}\n",
+            0,
+            "is nested too deeply",
+            id="deep",
+        ),
     ],
 )
 def test_bad_user_data_is_told_without_repeating_it(
@@ -153,6 +188,12 @@ def test_addresses(host: Host) -> None:
     [
         ("address: 10.1.0.500/24", "10.1.0.500/24 is not an address"),
         ("address: 10.1.0.5/40", "10.1.0.5/40 is not an address"),
+        ("address: 10.1.0.0/24", "10.1.0.0/24 is an address that no machine can have"),
+        ("address: 10.1.0.255/24", "10.1.0.255/24 is an address that no machine can have"),
+        ("address: 224.0.0.5/24", "224.0.0.5/24 is an address that no machine can have"),
+        ("address: 'fd00::/64'", "fd00::/64 is an address that no machine can have"),
+        ("address: '::1/128'", "::1/128 is an address that no machine can have"),
+        ("address: 10.1.0.5/24, gateway: 10.1.0.5", "10.1.0.5 is the VM's own address"),
         ("address: 10.1.0.5/24, gateway: 10.2.0.1", "10.2.0.1 is in no network of this VM"),
         ("gateway: 10.2.0.1", "10.2.0.1 is in no network of this VM"),
         ("dns: 1.2.3", "1.2.3 is not an IP address"),
@@ -165,6 +206,12 @@ def test_addresses(host: Host) -> None:
 def test_bad_networks_are_told(host: Host, keys: str, message: str) -> None:
     problem = host.vm_problem(f"gpus: 0, networks: [{{bridge: br0, {keys}}}]")
     assert problem.message.startswith(message)
+
+
+@pytest.mark.parametrize("address", ["10.1.0.4/31", "10.1.0.5/32", "fd00::ffff/112", "fd00::/127"])
+def test_small_networks_have_no_address_but_those_of_machines(host: Host, address: str) -> None:
+    vm = host.vm(f"gpus: 0, networks: [{{bridge: b, address: '{address}'}}]")
+    assert vm.first_boot.addressing[0].addresses == (address,)
 
 
 def test_an_address_is_given_once_in_a_network(host: Host) -> None:

@@ -65,6 +65,13 @@ def test_a_manifest_is_read_as_it_was_written(root: Root) -> None:
         ({"name": "../x"}, "'name' cannot be '../x'"),
         ({"version": "v1"}, "'version' cannot be 'v1'"),
         ({"version": "1 2"}, "'version' cannot be '1 2'"),
+        ({"version": "1:"}, "'version' cannot be '1:'"),
+        ({"version": "1" * 200}, "'version' cannot be '1111"),
+        ({"title": "a\nb"}, "'title' holds what cannot be printed: 'a"),
+        ({"path": "/a\0b"}, "'path' holds what cannot be printed: '/a"),
+        ({"path": "/a\ud800"}, "'path' holds what cannot be printed: '/a"),
+        ({"virtual_size_bytes": 10**400}, "'virtual_size_bytes' cannot be 1000"),
+        ({"minimum_disk_mib": -1}, "'minimum_disk_mib' cannot be -1"),
         ({"path": "x.qcow2"}, "'path' cannot be 'x.qcow2'"),
         ({"path": "/a/../b"}, "'path' cannot be '/a/../b'"),
         ({"format": "vmdk"}, "'format' cannot be 'vmdk'"),
@@ -90,7 +97,10 @@ def test_a_wrong_manifest_says_what_is_wrong(
     assert set(found.names) == {"other", "debian-12"}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"x"', "null", "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '"x"', "null", "\xff", pytest.param("[" * 100_000, id="deep")],
+)
 def test_what_is_no_manifest_is_named_and_hinders_no_other(root: Root, text: str) -> None:
     add(root, "debian-12")
     root.write(f"{MANIFESTS}/bad.json", text)

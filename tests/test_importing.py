@@ -107,6 +107,17 @@ def _broken(folder: Path) -> Path:
     return raw(file, file.read_bytes()[:80])
 
 
+def _cut(folder: Path) -> Path:
+    """All that qemu-img needs to open it, and no more."""
+    file = qcow2(folder / "x.qcow2")
+    return raw(file, file.read_bytes()[:1000])
+
+
+def _without_size(folder: Path) -> Path:
+    qemu_img("create", "-q", "-f", "qcow2", folder / "x.qcow2", "0")
+    return folder / "x.qcow2"
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -115,6 +126,8 @@ def _broken(folder: Path) -> Path:
         (_encrypted, "is encrypted"),
         (_vmdk, "is of the format vmdk"),
         (_broken, "is no disk image that QEMU can read"),
+        (_cut, "is truncated or damaged"),
+        (_without_size, "holds a disk of no size"),
         (lambda folder: raw(folder / "x.qcow2"), r"is called \.qcow2, but its content is raw"),
         (lambda folder: qcow2(folder / "x.raw"), r"is called \.raw, but its content is qcow2"),
         (lambda folder: raw(folder / "x.xz"), r"is called \.xz, but its content is no disk image"),
@@ -148,6 +161,7 @@ def test_another_file_than_the_one_that_is_meant_is_refused(root: Root, tmp_path
         ({"name": "../x"}, "--name cannot be '../x'"),
         ({"version": "v 1"}, "--version cannot be 'v 1'"),
         ({"sha256": "abc"}, "--sha256 cannot be 'abc'"),
+        ({"title": "a\nb"}, "--title holds what cannot be printed"),
         ({"file": Path("/nowhere")}, "there is no file /nowhere"),
         ({"signature": Path("/dev/null")}, "--signature and --keyring belong together"),
     ],

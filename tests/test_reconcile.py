@@ -33,6 +33,28 @@ def test_a_vm_is_the_same_to_libvirt_for_ever(at: SimulatedHost) -> None:
     assert all(interface.mac.startswith("52:54:00:") for interface in again.interfaces)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "disks: [{name: d, size: 40TiB, lvm: data}]",
+        "disks: [{name: d, size: 1GiB, lvm: nothing-there}]",
+        "networks: [{bridge: br0, vlan: 5}]",
+    ],
+)
+def test_what_a_vm_runs_on_is_nobodys_as_long_as_it_cannot_be_what_it_asks(
+    at: SimulatedHost, asked: str
+) -> None:
+    """Whatever refuses it: it is not stopped, so it leaves nothing to others."""
+    at.declare("name: a, gpus: 8")
+    at.settle()
+    at.declare(f"name: a, gpus: 4, {asked}", "name: b, gpus: 4")
+    plan = at.plan(Intent(restart=True))
+    assert {refused.vm for refused in plan.unplaceable} == {"a", "b"}
+    assert plan.actions == ()
+    at.declare("name: a, gpus: 4", "name: b, gpus: 4")
+    assert at.plan(Intent(restart=True)).unplaceable == ()
+
+
 def test_two_hosts_give_a_name_two_identities(host: Callable[..., SimulatedHost]) -> None:
     uuids = set()
     for name in ("dgx-h100", "dgx-h200"):

@@ -104,6 +104,7 @@ def test_the_schema_documents_the_defaults_that_hold(host: Host) -> None:
         ("gpus: 0, os_disk: {from: copied}", "'copied' is not one of", "did you mean `copy`?"),
         ("gpus: 0, disks: [{name: d, size: 1GiB, lvm: a/b}]", "'a/b' is not the name of an LV", ""),
         ("gpus: 0, networks: [{nat: false}]", "false is not true or the name of a net", ""),
+        ("gpus: 0, networks: [{nat: no}]", "'no' is not true or the name of a network", ""),
         ("gpus: 0, networks: [{isolated: A}]", "'A' is not the name of a network, 1 to", "`a`"),
         ("gpus: 0, networks: [{network: dgx-kvm-nat}]", "'dgx-kvm-nat' is not the name of a", ""),
         ("gpus: 0, networks: [{bridge: a, vlan: 4095}]", "4095 is not a VLAN number", ""),

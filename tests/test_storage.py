@@ -82,6 +82,12 @@ def test_bases_on_a_file_system_of_their_own_need_room_there(free: int, refused:
     assert all("MiB of the file system of the bases, which has" in r.reasons[0] for r in found)
 
 
+def test_a_simulated_pool_has_the_room_that_it_says(at: SimulatedHost) -> None:
+    at.declare("name: a, gpus: 0, disks: [{name: db, size: 200GiB, format: raw}]")
+    at.settle()
+    assert not at.plan().pending
+
+
 def test_more_promises_than_room_are_a_note(at: SimulatedHost) -> None:
     at.root.write("/libvirt/space", f"{60 * 1024} {60 * 1024}")
     at.declare("name: a, gpus: 0, os_disk: 40GiB", "name: b, gpus: 0, os_disk: 40GiB")

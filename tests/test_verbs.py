@@ -262,7 +262,18 @@ def test_a_saved_plan_keeps_its_options(eight: Host, tmp_path: Path) -> None:
     assert eight(f"apply {file}").last == "Done: 8 deleted."
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', "version: 1\n", "[" * 99999])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"version": 1}',
+        '{"version": 1, "file": 5, "intent": {}, "fingerprint": "", "actions": []}',
+        "version: 1\n",
+        pytest.param("[" * 99999, id="deep"),
+    ],
+)
 def test_what_is_no_plan_is_not_applied(text: str, eight: Host, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     file.write_text(text)
@@ -494,6 +505,7 @@ def _state(host: Host) -> set[str]:
         ("--gpus 1 --network wire=x", ExitCode.USAGE, "--network"),
         ("--gpus 2 --pin 8", ExitCode.USAGE, "--pin"),
         ("--gpus 1 --pin [8", ExitCode.USAGE, "--pin"),
+        ("--gpus 1 --pin=", ExitCode.USAGE, "--pin: '' is not a GPU index"),
         ('--gpus 1 --image "},x:{', ExitCode.USAGE, "--image"),
         ("--gpus 1 --image 12", ExitCode.USAGE, "--image: there is no image '12'"),
         ("--gpus 1 --image zzz", ExitCode.USAGE, "known images: broken, debian-12"),

@@ -154,7 +154,7 @@ def _text(args: Namespace) -> str:
         value = getattr(args, key)
         if value is not None:
             lines.append(f"    {key}: {json.dumps(value)}")
-    if args.pin:
+    if args.pin is not None:  # "" is refused as it was typed, not forgotten
         pins = ", ".join(_number(pin.strip()) for pin in args.pin.split(","))
         lines.append(f"    pin: [{pins}]")
     disks = [(json.dumps(name), json.dumps(size)) for name, size in args.disks]

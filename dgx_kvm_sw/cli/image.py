@@ -119,7 +119,7 @@ def _list(site: Site, args: Namespace) -> ExitCode:
     if args.json:
         damaged = [
             {"path": base, "problem": text, "vms": sorted(users.get(base, ()))}
-            for base, text, _ in bases.damages(found, users)
+            for base, text, _ in bases.damages(site.root, found, users)
         ]
         listing = [row.json() for row in rows]
         say_json({"images": listing, "damaged_bases": damaged, "problems": list(found.problems)})
@@ -128,7 +128,7 @@ def _list(site: Site, args: Namespace) -> ExitCode:
     elif not args.quiet:
         wrong = [(f"{row.name} is not used: {row.fault.reason}", row.fault.remedy)
                  for row in rows if row.fault]  # fmt: skip
-        wrong += [(text, remedy) for _, text, remedy in bases.damages(found, users)]
+        wrong += [(text, remedy) for _, text, remedy in bases.damages(site.root, found, users)]
         say("\n".join((*_table(rows), *_steps(wrong))))
     return ExitCode.OK
 
@@ -164,7 +164,8 @@ def _show(site: Site, args: Namespace) -> ExitCode:
     if args.json:
         say_json({"images": [row.json() for row in rows]})
         return ExitCode.OK
-    wrong = [(text, remedy) for _, text, remedy in bases.damages(_of(found, args.name), users)]
+    damages = bases.damages(site.root, found, users)
+    wrong = [(text, remedy) for base, text, remedy in damages if _is_of(base, args.name)]
     texts = ("\n\n".join("\n".join(_description(row)) for row in rows), *_steps(wrong))
     say("\n".join(texts), quiet=args.quiet)
     return ExitCode.OK
@@ -244,8 +245,10 @@ def _is_good(site: Site, name: str, read: checksums.Remembered, *, quiet: bool) 
     say(f"{name}: {state}", quiet=quiet and state == "ok")
     if fault:
         complain(fault.reason, fault.remedy)
-    for _, text, remedy in bases.damages(found, _users(site) if found.damaged else {}):
-        complain(text, remedy)
+    users = _users(site) if found.damaged else {}
+    for base, text, remedy in bases.damages(site.root, found, users):
+        if _is_of(base, name):
+            complain(text, remedy)
     return state == "ok"
 
 

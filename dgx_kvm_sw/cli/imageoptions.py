@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dgx_kvm_sw.cli.kinds import seconds
+from dgx_kvm_sw.cli.kinds import path, seconds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,10 +68,11 @@ def add_image_options(parser: Parser, add_everywhere: Callable[..., None]) -> No
 
 
 def _add_import(parser: Parser) -> None:
-    def option(name: str, metavar: str, text: str, **settings: bool) -> None:
-        parser.add_argument(name, metavar=metavar, help=text, **settings)  # type: ignore[arg-type]
+    def option(name: str, metavar: str, text: str, required: bool = False) -> None:
+        kind: Callable[[str], str] = path if metavar == "FILE" else str
+        parser.add_argument(name, metavar=metavar, type=kind, help=text, required=required)
 
-    parser.add_argument("image_file", metavar="FILE", help="the disk image")
+    parser.add_argument("image_file", metavar="FILE", type=path, help="the disk image")
     option("--name", "NAME", "what vms.yaml is to call it", required=True)
     option("--sha256", "HEX", "its SHA-256, from a source you trust", required=True)
     option("--version", "VERSION", "like 12.20261122; higher ones replace lower (default: today)")

@@ -13,6 +13,13 @@ def vm_name(text: str) -> str:
     return text
 
 
+def path(text: str) -> str:
+    """Of a script's unset variable nothing is left, and a verb would take what it takes without."""
+    if not text:
+        raise refused(text, "a name")
+    return text
+
+
 def seconds(text: str) -> float:
     if not (text.replace(".", "", 1).isdecimal() and text.isascii() and len(text) < 10):
         raise refused(text, "a number of seconds")

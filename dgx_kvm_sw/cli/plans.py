@@ -194,11 +194,12 @@ def load(path: str) -> SavedPlan:
         raise explained(error, "read", Path(path)) from error
     try:
         document = json.loads(text)
-        if document["version"] != _VERSION:
+        file = document["file"]
+        if document["version"] != _VERSION or not isinstance(file, str | None):
             raise ValueError
         return SavedPlan(
             path,
-            document["file"],
+            file,
             Intent(**document["intent"]),
             document["fingerprint"],
             document["actions"],

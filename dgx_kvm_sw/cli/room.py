@@ -13,7 +13,7 @@ from dgx_kvm_sw.model.base import to_json
 from dgx_kvm_sw.model.errors import DgxKvmError
 from dgx_kvm_sw.model.placement import Room
 from dgx_kvm_sw.model.spec import VmSpec
-from dgx_kvm_sw.reconcile import Situation, summary
+from dgx_kvm_sw.reconcile import Situation
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _fits(situation: Situation) -> list[_Fit]:
 
 def _fit(size: int, room: Room, situation: Situation) -> _Fit:
     if room.next:
-        return _Fit(size, room.count, summary(room.next, situation.topology), "", "")
+        return _Fit(size, room.count, placement.summary(room.next, situation.topology), "", "")
     assert room.refused is not None  # a room has the one or the other
     reasons = room.refused.reasons
     more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dgx_kvm_sw.cli.kinds import gpus as _gpus
 from dgx_kvm_sw.cli.kinds import pair as _pair
+from dgx_kvm_sw.cli.kinds import path as _path
 from dgx_kvm_sw.cli.kinds import seconds as _seconds
 from dgx_kvm_sw.cli.kinds import vm_name as _vm_name
 
@@ -64,7 +65,7 @@ def add_everywhere(parser: Parser, *, reads: bool) -> None:
         if metavar:
             choices = PLATFORMS if metavar == "PLATFORM" else None
             group.add_argument(
-                *names, metavar=metavar, help=text, choices=choices, default=SUPPRESS
+                *names, metavar=metavar, type=_path, help=text, choices=choices, default=SUPPRESS
             )
         else:
             group.add_argument(*names, action="store_true", help=text, default=SUPPRESS)
@@ -74,7 +75,9 @@ def add_everywhere(parser: Parser, *, reads: bool) -> None:
 
 
 def _validate(parser: Parser) -> None:
-    parser.add_argument("spec", metavar="FILE", nargs="?", help="the file to check, instead of -f")
+    parser.add_argument(
+        "spec", metavar="FILE", nargs="?", type=_path, help="the file to check, instead of -f"
+    )
 
 
 def _intent(parser: Parser) -> None:
@@ -95,6 +98,7 @@ def _plan(parser: Parser) -> None:
         "-o",
         "--output",
         metavar="FILE",
+        type=_path,
         help="save the plan, for `dgx-kvm apply FILE`; of files that are there, only an older plan"
         " is replaced",
     )
@@ -109,6 +113,7 @@ def _apply(parser: Parser) -> None:
         "plan",
         metavar="FILE",
         nargs="?",
+        type=_path,
         help="a plan saved by `dgx-kvm plan -o`: do exactly that, or nothing if anything has"
         " changed since",
     )

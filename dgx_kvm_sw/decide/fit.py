@@ -29,6 +29,7 @@ class Inputs:
     health: HealthReport
     holdings: tuple[Holding, ...] = ()
     restart: bool = False  # running VMs may be stopped: what they no longer need is free
+    staying: frozenset[str] = frozenset()  # VMs that are not stopped all the same
 
     def holding(self, vm: VmSpec) -> Holding | None:
         """What the VM holds already. One that runs with an older definition holds twice: then

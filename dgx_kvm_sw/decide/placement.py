@@ -9,9 +9,11 @@ from dgx_kvm_sw.decide.fit import DoesNotFit, Inputs, choose_vfs, fit
 from dgx_kvm_sw.decide.ledger import Ledger
 from dgx_kvm_sw.decide.search import Search, pinned
 from dgx_kvm_sw.decide.vfs import NoVf
+from dgx_kvm_sw.model.pci import CpuSet
 from dgx_kvm_sw.model.placement import Candidate, Placement, Placements, Room, Unplaceable
 from dgx_kvm_sw.model.platform import Partition
 from dgx_kvm_sw.model.spec import VmSpec
+from dgx_kvm_sw.model.topology import Topology
 
 _MOST_HOLDERS = 4  # VMs named one by one before a refusal only counts them
 
@@ -62,6 +64,25 @@ def fits(inputs: Inputs, one_more: dict[int, VmSpec]) -> dict[int, Room]:
 
 def _numbered(vm: VmSpec, number: int) -> VmSpec:
     return replace(vm, name=f"{vm.name} {number}")  # a space: no VM of the file has this name
+
+
+def summary(placement: Placement, topology: Topology) -> str:
+    """Return one line for a person: what a VM gets, and where."""
+    gpus = [gpu.index for gpu in topology.gpus if gpu.pci.address in placement.gpus]
+    parts = []
+    if gpus:
+        kind = "GPU" if len(gpus) == 1 else "GPUs"
+        parts.append(f"{kind} {CpuSet.of(gpus)}")
+    counts = (
+        (len(placement.nvswitches), "NVSwitch", "NVSwitches"),
+        (len(placement.nics), "NIC", "NICs"),
+        (len(placement.drives), "drive", "drives"),
+        (len(placement.vfs), "VF", "VFs"),
+    )
+    parts += [f"{count} {one if count == 1 else many}" for count, one, many in counts if count]
+    parts += [f"{placement.vcpus} threads", f"{placement.memory_mib / 1024:g} GiB"]
+    nodes = CpuSet.of(cell.host_node for cell in placement.cells)
+    return f"{', '.join(parts)} on NUMA node{'s' if len(nodes) > 1 else ''} {nodes}"
 
 
 # -- explaining ------------------------------------------------------------------------------------

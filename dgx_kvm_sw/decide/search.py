@@ -41,7 +41,7 @@ class Search:
 
     def _with(self, placement: Placement, ledger: Ledger) -> Ledger:
         """The ledger once a VM is placed; one that runs on also keeps what it leaves later."""
-        if self.inputs.restart:
+        if self.inputs.restart and placement.vm not in self.inputs.staying:
             ledger = ledger.without((placement.vm,))
         return ledger.take(placement)
 

@@ -31,6 +31,7 @@ _ADOPTING = ".adopting-"  # of `adopt`, which the lock of the VMs allows once at
 _PARTIAL = ".partial-"  # of an import; whoever writes it holds a lock on it
 _SPARE_BYTES = 64 << 20  # what is left free on a file system
 _ANEW = "save what their guests need, then make these VMs and their disks anew"
+_RESTORE = "put that very file back, or mount what it is on, before they are started"
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP)
 
 
@@ -58,7 +59,8 @@ def adopt(root: Root, image: Image, progress: Progress = unwatched) -> None:
     except OSError as error:
         raise explained(error, "make", base) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what has gone wrong before is told
+            temporary.unlink(missing_ok=True)
 
 
 def _check_is_good(root: Root, image: Image) -> None:
@@ -174,14 +176,16 @@ def partial_file(root: Root) -> Iterator[tuple[BinaryIO, Path]]:
     killed command has left is removed first.
     """
     make_folder(root)
-    with images_locked(root):
-        _remove_left_overs(root)
-        descriptor, path = tempfile.mkstemp(prefix=_PARTIAL, dir=root.path(BASES))
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with os.fdopen(descriptor, "wb", buffering=0) as stream:
-        try:
+    path = ""
+    try:
+        with images_locked(root):
+            _remove_left_overs(root)
+            descriptor, path = tempfile.mkstemp(prefix=_PARTIAL, dir=root.path(BASES))
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with os.fdopen(descriptor, "wb", buffering=0) as stream:
             yield stream, Path(path)
-        finally:
+    finally:  # Ctrl-C comes at any moment
+        if path:
             Path(path).unlink(missing_ok=True)
 
 
@@ -219,9 +223,9 @@ def users(current: CurrentState, volumes: Iterable[Volume] | None = None) -> dic
 
 
 def damages(
-    found: Catalogue, users: Mapping[str, Collection[str]]
+    root: Root, found: Catalogue, users: Mapping[str, Collection[str]]
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield each damaged base, that with whose disks lie on it, and what to do.
+    """Yield each base that is damaged or gone, that with whose disks lie on it, and what to do.
 
     A disk stays on its base, whatever that holds now: nothing else fits to what is in the disk.
     """
@@ -231,6 +235,21 @@ def damages(
             yield base, f"{text}, but those of {vms} do", _ANEW
         else:
             yield base, text, ""
+    for base in sorted(users):
+        if images.base_owner(base) and _is_gone(root.path(base)):
+            vms = ", ".join(sorted(users[base]))
+            yield base, f"the base {base} is gone, and disks of {vms} lie on it", _RESTORE
+
+
+def _is_gone(path: Path) -> bool:
+    """Whether it is not there for sure, as far as who runs us may look."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def remove_unneeded(root: Root, needed: Collection[str]) -> tuple[str, ...]:

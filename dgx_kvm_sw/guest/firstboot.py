@@ -16,12 +16,18 @@ from typing import Any
 from dgx_kvm_sw.access.files import Root
 from dgx_kvm_sw.guest.document import Document, Path
 from dgx_kvm_sw.guest.speccheck import vm_entries
-from dgx_kvm_sw.guest.yamlsource import MAX_BYTES
+from dgx_kvm_sw.guest.yamlsource import LOADER, MAX_BYTES
 from dgx_kvm_sw.model.errors import Problem
 from dgx_kvm_sw.model.spec import Addressing, FirstBoot, NetworkKind
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ipaddress import IPv4Interface, IPv6Interface
+
 MIME = re.compile(r"(content-type|mime-version)\s*:", re.IGNORECASE)
 CLOUD_CONFIG = "#cloud-config"
+
+_MAX_DEPTH = 100  # of a cloud-config
 
 # Users and groups that a guest has before its first boot: useradd would refuse to make them, and
 # nobody could log in. The first are those of Debian's base-passwd, which Ubuntu has as well; then
@@ -49,6 +55,7 @@ class Files:
     def __init__(self, root: Root) -> None:
         self._root = root
         self._read: dict[str, str] = {}
+        self._checked: dict[str, tuple[Problem, ...]] = {}
         self.faults: dict[str, str] = {}  # why one cannot be used
         self.withheld: set[str] = set()  # those that are not for who runs us
 
@@ -67,6 +74,12 @@ class Files:
                 self.faults[path] = f"cannot be read: {reason.lower()}"
         return self._read[path]
 
+    def config_problems(self, path: str) -> tuple[Problem, ...]:
+        """What is wrong with the cloud-config in a file: many VMs may name a large one."""
+        if path not in self._checked:
+            self._checked[path] = tuple(_bad_cloud_config(path, self.text(path)))
+        return self._checked[path]
+
     def _contents(self, path: str) -> str:
         # A pipe that nobody writes to would be waited for without end.
         descriptor = os.open(self._root.path(path), os.O_RDONLY | os.O_NONBLOCK)
@@ -79,7 +92,7 @@ class Files:
         if len(data) > MAX_BYTES:
             self.faults[path] = f"is larger than {MAX_BYTES >> 20} MiB"
             return ""
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # as editors on Windows begin a file
 
 
 def first_boot(settings: Mapping[str, Any], files: Files) -> FirstBoot:
@@ -197,15 +210,18 @@ def _bad_user_data(document: Document, path: Path, files: Files) -> Iterator[Pro
     elif not text.startswith(_STARTS):
         message = f"{name} does not begin as user data does"
         yield document.problem(place, message, f"its first line is {CLOUD_CONFIG} or #!/bin/sh")
-    elif text.startswith(CLOUD_CONFIG):
-        yield from _bad_cloud_config(name, text)
+    elif text.split(maxsplit=1)[0] == CLOUD_CONFIG:  # not #cloud-config-archive, which is a list
+        yield from files.config_problems(name)
 
 
 def _bad_cloud_config(name: str, text: str) -> Iterator[Problem]:
     import yaml
 
     try:
-        value = yaml.safe_load(text)
+        if _is_deep(text):  # else the loader would end the whole process
+            yield Problem(name, 0, 0, 0, 0, "", "is nested too deeply")
+            return
+        value = yaml.load(text, LOADER)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
@@ -215,6 +231,18 @@ def _bad_cloud_config(name: str, text: str) -> Iterator[Problem]:
     else:
         if not isinstance(value, dict):
             yield Problem(name, 0, 0, 0, 0, "", "is not a mapping, as cloud-config is")
+
+
+def _is_deep(text: str) -> bool:
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            return True
+    return False
 
 
 def _bad_network(document: Document, path: Path) -> Iterator[Problem]:
@@ -231,6 +259,10 @@ def _bad_network(document: Document, path: Path) -> Iterator[Problem]:
             interfaces.append(ipaddress.ip_interface(text))
         except ValueError:
             yield document.problem((*path, "address"), f"{text} is not an address")
+            continue
+        if not _is_for_a_host(interfaces[-1]):
+            message = f"{text} is an address that no machine can have"
+            yield document.problem((*path, "address"), message, "give one of a host in its network")
     for key in ("gateway", "dns"):
         for text in own[key]:
             try:
@@ -241,6 +273,19 @@ def _bad_network(document: Document, path: Path) -> Iterator[Problem]:
             if key == "gateway" and not any(address in each.network for each in interfaces):
                 hint = "give an `address` in its network; DHCP brings its own gateway"
                 yield document.problem((*path, key), f"{text} is in no network of this VM", hint)
+            elif key == "gateway" and any(address == each.ip for each in interfaces):
+                yield document.problem((*path, key), f"{text} is the VM's own address")
+
+
+def _is_for_a_host(interface: IPv4Interface | IPv6Interface) -> bool:
+    """Whether it is not that of a network itself, of all or many in it, or of every machine."""
+    address, network = interface.ip, interface.network
+    if address.is_multicast or address.is_unspecified or address.is_loopback:
+        return False
+    return network.num_addresses <= 2 or address not in (
+        network.network_address,
+        network.broadcast_address if address.version == 4 else None,
+    )
 
 
 def _repeated_addresses(documents: Sequence[Document]) -> Iterator[Problem]:

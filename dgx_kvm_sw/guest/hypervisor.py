@@ -204,8 +204,10 @@ class Hypervisor:
         else:
             self._create_file(volume)
 
+    def _reserved_mib(self, volume: Volume) -> int:
+        return volume.capacity_mib if volume.format == "raw" else 0
+
     def _create_file(self, volume: Volume) -> None:
-        allocated = volume.capacity_mib if volume.format == "raw" else 0
         backing = ""
         if volume.backing:
             backing = (
@@ -217,7 +219,7 @@ class Hypervisor:
             xml = (
                 f"<volume><name>{escape(volume.name)}</name>"
                 f"<capacity unit='MiB'>{volume.capacity_mib}</capacity>"
-                f"<allocation unit='MiB'>{allocated}</allocation>"
+                f"<allocation unit='MiB'>{self._reserved_mib(volume)}</allocation>"
                 f"<target><format type='{volume.format}'/></target>{backing}</volume>"
             )
             with _ignored(libvirt.VIR_ERR_STORAGE_VOL_EXIST):

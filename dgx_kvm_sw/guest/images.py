@@ -23,10 +23,11 @@ BASES = "/var/lib/dgx-kvm/bases"
 MANIFEST_VERSION = 1
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,62}")  # as in vms.schema.json
-VERSION = re.compile(r"[0-9][A-Za-z0-9.+~:-]*")  # Debian's
+VERSION = re.compile(r"(?:[0-9]{1,9}:)?[0-9][A-Za-z0-9.+~-]{0,99}")  # Debian's
 SHA256 = re.compile(r"[0-9a-f]{64}")
 FORMATS = ("qcow2", "raw")
 
+_MOST_BYTES = 1 << 62  # of a file or a disk; no file system has larger ones
 _DIGITS = 12  # of a checksum, in the name of a base; prerm of image packages knows it
 _BASE_NAME = re.compile(rf"{BASES}/(.+)-([0-9a-f]{{{_DIGITS}}})\.(?:qcow2|raw)")
 
@@ -297,6 +298,8 @@ def parse(text: str, where: str = "") -> Image:
     """Read a manifest; raises ValueError with what is wrong with it."""
     try:
         data = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"it is not JSON ({error})") from None
     if not isinstance(data, dict):
@@ -338,6 +341,10 @@ def _value(each: dataclasses.Field[Any], data: dict[str, Any]) -> Any:
     kind, words = _KINDS[str(each.type)]
     if type(value) is not kind:
         raise ValueError(f"{each.name!r} is not {words}: {value!r}")
+    if isinstance(value, str) and not value.isprintable():
+        raise ValueError(f"{each.name!r} holds what cannot be printed: {value!r}")
+    if isinstance(value, int) and not 0 <= value <= _MOST_BYTES:
+        raise ValueError(f"{each.name!r} cannot be {str(value)[:40]}")
     return value
 
 

@@ -18,6 +18,8 @@ from dgx_kvm_sw.guest.images import BASES, IMPORTED, Image
 from dgx_kvm_sw.model.errors import HostError, UsageError
 
 _INFO_SECONDS = 60.0
+_CHECK_SECONDS = 600.0  # it reads all tables
+_LEAKS = 3  # qemu-img check: space is lost, and nothing else is wrong
 _SIGNATURE_SECONDS = 1800.0
 _RAW_SUFFIXES = ("", ".img", ".raw")
 _BOOT_SECTOR = 512
@@ -97,6 +99,9 @@ def _check_words(root: Root, wanted: Wanted) -> None:
             hints = {"--sha256": "it has 64 hexadecimal digits", "--version": "like 12.20261122"}
             hint = hints.get(what, "letters, digits and .+_- , at most 63")
             raise UsageError(f"{what} cannot be {value[:80]!r}", hint)
+    for what in ("title", "os", "release", "driver"):
+        if not getattr(wanted, what).isprintable():  # else no manifest could hold it
+            raise UsageError(f"--{what} holds what cannot be printed", "give it in plain text")
     if bool(wanted.signature) != bool(wanted.keyring):
         raise UsageError(
             "--signature and --keyring belong together",
@@ -158,7 +163,8 @@ def _content_of(file: Path, copied: Path) -> _Content:
         raise HostError(f"{file} is no disk image that QEMU can read: {said}")
     info = json.loads(done.out)
     kind = str(info["format"])
-    if reason := _objection(kind, info) or _wrong_name(kind, file, copied):
+    reason = _objection(kind, info) or _wrong_name(kind, file, copied) or _damage(kind, copied)
+    if reason:
         raise HostError(
             f"{file} {reason}", "what VMs start from is one file, qcow2 or raw, and whole"
         )
@@ -177,7 +183,18 @@ def _objection(kind: str, info: dict[str, Any]) -> str:
         return "is encrypted"
     if details.get("corrupt") or info.get("dirty-flag"):
         return "was not closed cleanly; `qemu-img check` tells more"
+    if not info["virtual-size"]:
+        return "holds a disk of no size"
     return ""
+
+
+def _damage(kind: str, copied: Path) -> str:
+    """A truncated qcow2 opens like a whole one; only its own tables tell."""
+    if kind != "qcow2":
+        return ""
+    done = run(["qemu-img", "check", "-q", "-f", kind, str(copied)], timeout=_CHECK_SECONDS)
+    whole = done.code in (0, _LEAKS)
+    return "" if whole else "is truncated or damaged; `qemu-img check` tells more"
 
 
 def _wrong_name(kind: str, file: Path, copied: Path) -> str:
