@@ -68,8 +68,13 @@ def add_image_options(parser: Parser, add_everywhere: Callable[..., None]) -> No
 
 
 def _add_import(parser: Parser) -> None:
-    def option(name: str, metavar: str, text: str, required: bool = False) -> None:
-        kind: Callable[[str], str] = path if metavar == "FILE" else str
+    def option(
+        name: str,
+        metavar: str,
+        text: str,
+        kind: Callable[[str], str] = str,
+        required: bool = False,
+    ) -> None:
         parser.add_argument(name, metavar=metavar, type=kind, help=text, required=required)
 
     parser.add_argument("image_file", metavar="FILE", type=path, help="the disk image")
@@ -80,5 +85,5 @@ def _add_import(parser: Parser) -> None:
     option("--os", "NAME", "the operating system, like debian")
     option("--release", "NAME", "its release, like 12")
     option("--driver", "VERSION", "of the NVIDIA driver in it")
-    option("--signature", "FILE", "a detached OpenPGP signature of the disk image")
-    option("--keyring", "FILE", "the keys that may have signed it")
+    option("--signature", "FILE", "a detached OpenPGP signature of the disk image", path)
+    option("--keyring", "FILE", "the keys that may have signed it", path)
