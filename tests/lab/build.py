@@ -65,7 +65,8 @@ def package() -> Path:
 def installed_disk(release: str, deb: Path) -> Path:
     """The disk of a host that has the package and an image for VMs, and boots in KVM mode."""
     base, guest = disk(release), guest_image(release)
-    recipe = [base.parent.name, guest.parent.name, hashlib.sha256(deb.read_bytes()).hexdigest()]
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in (deb, README)]
+    recipe = [base.parent.name, guest.parent.name, *contents]
 
     def make(directory: Path) -> None:
         kit = tools()

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from lab.cache import say
 
+LEAVE = b"\x1c"  # Ctrl-\; Ctrl-] is what consoles of VMs inside are left by
+
 
 def interact(directory: Path) -> None:
-    """Join this terminal to a machine's console; Ctrl-] leaves."""
+    """Join this terminal to a machine's console; Ctrl-\\ leaves."""
     before = termios.tcgetattr(0)
     with socket.socket(socket.AF_UNIX) as console:
         console.connect(str(directory / "console.sock"))
-        say("root shell on the console; Ctrl-] leaves")
+        say("root shell on the console; Ctrl-\\ leaves, and the machine is gone")
         console.sendall(b"\n")
         try:
             tty.setraw(0)
@@ -25,7 +27,7 @@ def interact(directory: Path) -> None:
                 ready, _, _ = select.select([0, console], [], [])
                 if 0 in ready:
                     typed = os.read(0, 4096)
-                    if not typed or b"\x1d" in typed:
+                    if not typed or LEAVE in typed:
                         return
                     console.sendall(typed)
                 if console in ready:
