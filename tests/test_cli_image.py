@@ -198,6 +198,18 @@ def test_verify_reads_a_base_that_is_another_file(bare: Host) -> None:
     assert row(bare("image list"), "debian-12").endswith("| ok")
 
 
+def test_verify_names_a_base_that_is_gone_under_a_disk(bare: Host) -> None:
+    image = add(bare.root, "debian-12")
+    declare(bare, ("a", "debian-12"))
+    assert bare("apply").code == 0
+    bare.root.remove(image.base)
+    done = bare("image verify")
+    assert (done.code, done.out) == (ExitCode.FAILED, "debian-12: base gone\n")
+    assert f"the base {image.base} is gone, and disks of a lie on it" in done.err
+    bare.root.remove(image.manifest)
+    assert bare("image verify").out == "debian-12: base gone\n"
+
+
 def test_verify_tells_the_truth_where_nothing_can_be_remembered(bare: Host) -> None:
     """As when an ordinary user runs it."""
     image = add(bare.root, "debian-12")

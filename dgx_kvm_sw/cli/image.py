@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from dgx_kvm_sw.reconcile import Site, disks_now, read_current
 
 _FOUND_BY_READING = ("hash mismatch", "bases damaged")
 _HEAD = ("NAME", "VERSION", "SIZE", "DRIVER", "FROM", "STATE")
+_Users = Mapping[str, set[str]]  # by base: the VMs whose disks lie on it
 
 
 def image(args: Namespace) -> int:
@@ -72,7 +73,7 @@ class _Row:
         }
 
 
-def _rows(site: Site, found: Catalogue, users: Mapping[str, set[str]]) -> list[_Row]:
+def _rows(site: Site, found: Catalogue, users: _Users) -> list[_Row]:
     memory = checksums.remembered(site.root)
     rows = []
     for name in sorted(found.names):
@@ -87,9 +88,7 @@ def _rows(site: Site, found: Catalogue, users: Mapping[str, set[str]]) -> list[_
     return rows
 
 
-def _vms(
-    users: Mapping[str, set[str]], name: str, base: str
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _vms(users: _Users, name: str, base: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The VMs on this base, and those on other bases of the image."""
     others = {
         vm for path, who in users.items() if _is_of(path, name) and path != base for vm in who
@@ -103,7 +102,7 @@ def _is_verified(site: Site, each: Image | None, memory: checksums.Remembered) -
     )
 
 
-def _users(site: Site) -> Mapping[str, set[str]]:
+def _users(site: Site) -> _Users:
     """Which VMs lie on which base; where libvirt does not answer, that is said and not known."""
     try:
         with site.hypervisor(read_only=True) as hypervisor:
@@ -220,8 +219,8 @@ def _verify(site: Site, args: Namespace) -> ExitCode:
     found = images.catalogue(site.root)
     for name in args.names:
         _check_known(found, name)
-    there = images.base_files(site.root)
-    owners = {images.base_owner(base) for base in there}
+    there, users = images.base_files(site.root), _users(site)
+    owners = {images.base_owner(base) for base in (*there, *users)} - {""}
     names = list(dict.fromkeys(args.names)) or sorted({*found.names, *owners})
     good = True
     for name in names:
@@ -231,25 +230,32 @@ def _verify(site: Site, args: Namespace) -> ExitCode:
         if name in found.images and (not fault or fault.state in _FOUND_BY_READING):
             paths.insert(0, found.images[name].path)
         read = _read(site, paths, name, quiet=args.quiet)
-        good = _is_good(site, name, read, quiet=args.quiet) and good
+        good = _is_good(site, name, read, users, quiet=args.quiet) and good
     if not names:
         say("There are no images.", quiet=args.quiet)
     return ExitCode.OK if good else ExitCode.FAILED
 
 
-def _is_good(site: Site, name: str, read: checksums.Remembered, *, quiet: bool) -> bool:
-    """Say what is known by now of an image and of all that disks may lie on."""
+def _is_good(
+    site: Site, name: str, read: checksums.Remembered, users: _Users, *, quiet: bool
+) -> bool:
+    """Say what is known by now of an image and of all that disks lie on, or may."""
     found = _of(images.catalogue(site.root, read), name)
     fault = found.faults.get(name)
-    state = fault.state if fault else "base damaged" if found.damaged else "ok"
+    damages = [one for one in bases.damages(site.root, found, users) if _is_of(one[0], name)]
+    state = fault.state if fault else _base_state(found, damages)
     say(f"{name}: {state}", quiet=quiet and state == "ok")
     if fault:
         complain(fault.reason, fault.remedy)
-    users = _users(site) if found.damaged else {}
-    for base, text, remedy in bases.damages(site.root, found, users):
-        if _is_of(base, name):
-            complain(text, remedy)
+    for _, text, remedy in damages:
+        complain(text, remedy)
     return state == "ok"
+
+
+def _base_state(found: Catalogue, damages: Sequence[tuple[str, str, str]]) -> str:
+    if not damages:
+        return "ok"
+    return "base damaged" if found.damaged else "base gone"
 
 
 def _read(site: Site, paths: Iterable[str], label: str, *, quiet: bool) -> checksums.Remembered:
