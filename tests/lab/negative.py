@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,17 +48,14 @@ def negative_hosts(package: Path, release: str) -> None:
         _missing_gpu(host)
 
 
-def _host(package: Path, release: str, hardware: Hardware) -> Machine:
+@contextmanager
+def _host(package: Path, release: str, hardware: Hardware) -> Iterator[Machine]:
     kit = tools()
     disk = overlay(kit, build.disk(release), ROOT / "disks" / f"negative-{release}.qcow2")
-    host = Machine(kit, replace(hardware, disk=disk), f"negative-{release}")
-    try:
+    with Machine(kit, replace(hardware, disk=disk), f"negative-{release}") as host:
         host.boot()
         Story(host, hardware.shape, ()).make_repository(package)
-    except BaseException:
-        host.close()
-        raise
-    return host
+        yield host
 
 
 def _refused(host: Machine, *words: str) -> None:

@@ -107,7 +107,7 @@ class PowerCuts:
         return overlay(self.kit, base, ROOT / "disks" / f"{name}-{self.release}.qcow2")
 
     def _machine(self, disk: Path) -> Machine:
-        return Machine(self.kit, Hardware(named(SHAPE), disk), f"powercut-{self.release}")
+        return Machine(self.kit, Hardware(named(SHAPE), disk), disk.stem)
 
 
 def power_cuts(package: Path, release: str, count: int, seed: int) -> None:
