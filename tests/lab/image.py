@@ -1,7 +1,7 @@
 """The host's disk: a Debian release with GRUB on an NVMe drive, as its installer leaves it.
 
 Made without root and without mounting. Its first boot has no grub.cfg and no GRUB of its own yet;
-`finish.py` lets the machine make them itself.
+`build.py` lets the machine make them itself.
 """
 
 from __future__ import annotations

@@ -146,7 +146,6 @@ class Story:
     shape: Shape
     vms_wanted: tuple[Vm, ...]
     beginning: Facts | None = None
-    bundled: bool = False  # what the package depends on came with it
     tour: Tour = field(default_factory=lambda: Tour(TOUR))
 
     @contextmanager
@@ -189,8 +188,7 @@ class Story:
         Of a bundle, which has all that the package depends on, or of the package alone.
         """
         host = self.host
-        self.bundled = package.suffix == ".tar"
-        if self.bundled:
+        if package.suffix == ".tar":
             host.unpack(package, LASTING)
             host.check(f"cp {LASTING}/dgx-kvm.sources {SOURCE}")
             return
