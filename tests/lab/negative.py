@@ -98,6 +98,7 @@ def _missing_gpu(host: Machine) -> None:
         "vms: [{name: one, gpus: 1}, {name: all, gpus: 4}]\\n' >/etc/dgx-kvm/vms.yaml"
     )
     applied = host.run("dgx-kvm apply", INSTALL)
-    expect(applied.code == 1 and "all" in applied.output, applied.output)
+    expect(applied.code == 1 and "does not fit: all" in applied.output, applied.output)
     expect(host.check("virsh list --all --name").split() == ["one"], applied.output)
     expect(f"{gpus} GPUs" in host.check("dgx-kvm mode --check"), "the number of GPUs is not said")
+    expect(f"{gpus} of 16 GPUs are found" in host.check("dgx-kvm status"), "no GPU is missed")
