@@ -389,9 +389,12 @@ class Story:
             names = all(vm.name in said for vm in self.vms_wanted)
             expect(names and "dgx-kvm stop --all" in said, said)
             expect(self._running() == self._names(), "refusing the removal stopped a VM")
+        with self._step("dgx-kvm stop --all, as it was told"):
+            self.typed("dgx-kvm stop --all", GUESTS)
+            expect(not self._running(), f"{self._running()} still run")
         with self._step("no VM is declared: prune them all, with their disks"):
             self._write_vms(())
-            host.check("dgx-kvm apply --prune --restart --delete-disks", GUESTS)
+            host.check("dgx-kvm apply --prune --delete-disks", GUESTS)
             host.check(f"rm -r {build.CATALOGUE} {build.GUEST_IMAGE}")
         with self._step("apt remove dgx-kvm-sw"):
             said = self.typed("apt-get -y remove dgx-kvm-sw", INSTALL, only="^dgx-kvm")
