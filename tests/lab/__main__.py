@@ -89,9 +89,11 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _machine(options: argparse.Namespace) -> Machine:
-    kit = tools()
     disk = ROOT / "disks" / f"{options.name}.qcow2"
-    if not (options.keep_disk and disk.exists()):
+    if options.keep_disk and not disk.exists():
+        raise LabError(f"there is no disk {disk} to go on with")
+    kit = tools()
+    if not options.keep_disk:
         if options.installed:
             base = build.installed_disk(options.release, build.package())
         else:
@@ -115,6 +117,8 @@ def _boot(options: argparse.Namespace) -> int:
 
 
 def _shell(options: argparse.Namespace) -> int:
+    if not sys.stdin.isatty():
+        raise LabError("a root shell needs a terminal; without one: boot, then run")
     with _machine(options) as machine:
         with step(f"{options.name}: root shell"):
             machine.power_on()

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lab.packages import LabError
+
 LONGEST = 1500  # of a command, in bytes: what a serial port takes without flow control
 
 
-class Silence(Exception):
+class Silence(LabError):
     """The other side did not answer in time."""
 
 
@@ -71,8 +73,8 @@ class Lines:
 class Shell:
     """The service `lab-shell` of the machine, at the other end of a serial port."""
 
-    def __init__(self, path: Path) -> None:
-        self.lines = Lines(path)
+    def __init__(self, path: Path, timeout: float = 10) -> None:
+        self.lines = Lines(path, timeout)
         self.numbers = itertools.count(int(time.time() * 1000))
 
     def hello(self, timeout: float, other_than: str = "") -> str:

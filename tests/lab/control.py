@@ -179,7 +179,7 @@ class ControlError(Exception):
 
 
 class Client:
-    """The other end, for tests: `with Client(path) as control: control.resets("gpu0")`."""
+    """The other end, for tests: `with Client(path) as control: control.journal(what="reset")`."""
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)

@@ -1,17 +1,18 @@
 """The host's disk: a Debian release with GRUB on an NVMe drive, as its installer leaves it.
 
 Made without root and without mounting. Its first boot has no grub.cfg and no GRUB of its own yet;
-`finish.py` lets the machine make them itself.
+`build.py` lets the machine make them itself.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lab.inner import save_pieces
+from lab.inner import BUSYBOX, KERNEL, MODULES, save_pieces
 from lab.packages import bootstrap
 from lab.tools import Tools
 
@@ -58,7 +59,11 @@ INSIDE = (
 def recipe(release: str, dependencies: bool) -> list[object]:
     """All that decides how the disk comes out, but for the day's state of the archive."""
     overlay = [[str(file.relative_to(OVERLAY)), file.read_text()] for file in _overlay_files()]
-    return [release, _packages(dependencies), overlay, INSIDE, FIRST_GRUB_CFG, SIZE_MIB, ESP_MIB]
+    parts: tuple[Callable[..., object], ...] = (make_disk, _options, save_pieces)
+    made = [inspect.getsource(part) for part in parts]
+    pieces = [KERNEL, BUSYBOX, MODULES]
+    sizes = [SIZE_MIB, ESP_MIB]
+    return [release, _packages(dependencies), overlay, INSIDE, FIRST_GRUB_CFG, sizes, made, pieces]
 
 
 def _packages(dependencies: bool) -> list[str]:

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from lab import control
-from lab.cache import ROOT, step
+from lab.cache import ROOT, say, step
 from lab.console import LONGEST, Qmp, Result, Shell, Silence
 from lab.devices import CONTROL
 from lab.packages import LabError
@@ -64,6 +64,8 @@ class Machine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+        if isinstance(error, Exception):
+            say(f"{self.name}: its logs are in {self.real}, its disk is {self.hardware.disk}")
 
     # --- power
 
@@ -89,11 +91,11 @@ class Machine:
         """Wait until the shell of another boot than the last one answers. It does so long before
         systemd has started all; `settled` waits for that.
         """
-        if self.shell is None:
-            self.shell = Shell(self.directory / "shell.sock")
         deadline = time.monotonic() + timeout
         while True:
             try:
+                if self.shell is None:
+                    self.shell = Shell(self.directory / "shell.sock", timeout=2)
                 self.boot_id = self.shell.hello(5, other_than=self.boot_id)
                 return
             except Silence as error:
@@ -207,7 +209,8 @@ class Machine:
 
     def console(self) -> str:
         """What the first serial port has shown since the machine was made."""
-        return (self.directory / "console.log").read_text(errors="replace")
+        log = self.directory / "console.log"
+        return log.read_text(errors="replace") if log.exists() else ""
 
     # ---
 

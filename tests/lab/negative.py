@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,17 +48,14 @@ def negative_hosts(package: Path, release: str) -> None:
         _missing_gpu(host)
 
 
-def _host(package: Path, release: str, hardware: Hardware) -> Machine:
+@contextmanager
+def _host(package: Path, release: str, hardware: Hardware) -> Iterator[Machine]:
     kit = tools()
     disk = overlay(kit, build.disk(release), ROOT / "disks" / f"negative-{release}.qcow2")
-    host = Machine(kit, replace(hardware, disk=disk), f"negative-{release}")
-    try:
+    with Machine(kit, replace(hardware, disk=disk), f"negative-{release}") as host:
         host.boot()
         Story(host, hardware.shape, ()).make_repository(package)
-    except BaseException:
-        host.close()
-        raise
-    return host
+        yield host
 
 
 def _refused(host: Machine, *words: str) -> None:
@@ -99,6 +98,7 @@ def _missing_gpu(host: Machine) -> None:
         "vms: [{name: one, gpus: 1}, {name: all, gpus: 4}]\\n' >/etc/dgx-kvm/vms.yaml"
     )
     applied = host.run("dgx-kvm apply", INSTALL)
-    expect(applied.code == 1 and "all" in applied.output, applied.output)
+    expect(applied.code == 1 and "does not fit: all" in applied.output, applied.output)
     expect(host.check("virsh list --all --name").split() == ["one"], applied.output)
     expect(f"{gpus} GPUs" in host.check("dgx-kvm mode --check"), "the number of GPUs is not said")
+    expect(f"{gpus} of 16 GPUs are found" in host.check("dgx-kvm status"), "no GPU is missed")

@@ -32,12 +32,13 @@ def bootstrap(
         )
         sources.write_text(archive.sources(suite, backports=backports))
         os.chmod(folder, 0o755)  # apt reads them as a user of its own
-        subprocess.run(
+        done = subprocess.run(
             ["mmdebstrap", "--quiet", f"--aptopt={settings}",
              f"--include={','.join(packages)}", *options,
              # How this machine reaches the archives is nobody else's business.
              "--customize-hook=rm -f \"$1\"/etc/apt/apt.conf.d/99mmdebstrap"
              " \"$1\"/etc/apt/sources.list \"$1\"/etc/apt/sources.list.d/*",
              suite, str(target), str(sources)],
-            check=True,
         )  # fmt: skip
+    if done.returncode:
+        raise LabError(f"mmdebstrap made no {suite}: what it said stands above")

@@ -16,7 +16,7 @@ from lab.hostfacts import functions, modules
 from lab.machine import Machine, overlay
 from lab.qemu import Hardware
 from lab.shape import named
-from lab.story import APT, INSTALL, STAND_IN, WORD, Story, expect, told
+from lab.story import APT, INSTALL, STAND_INS, WORD, Story, expect, stand_ins, told
 from lab.tools import tools
 
 SHAPE = "dgx2-small"
@@ -41,7 +41,7 @@ class PowerCuts:
         with told("power cuts: a host to install on"), self._machine(bare) as host:
             host.boot()
             story = Story(host, named(SHAPE), ())
-            story.make_stand_in()
+            story.make_stand_ins()
             story.make_repository(package)
             host.check(f"{APT} update")
             self.grub_cfg = host.check("sha256sum </boot/grub/grub.cfg")
@@ -86,14 +86,14 @@ class PowerCuts:
 
     def _expect_one_mode_whole(self, host: Machine) -> None:
         found = {one.driver for one in functions(host) if one.is_gpu or one.is_nvswitch}
-        service = host.run(f"systemctl is-active {STAND_IN}").output.strip()
+        services = stand_ins(host)
         if self._is_kvm(host):
             expect(found == {"vfio-pci"}, f"KVM mode with GPUs on {found}")
-            expect(service == "inactive", f"KVM mode with {STAND_IN} {service}")
+            expect(services == {"inactive"}, f"KVM mode with {STAND_INS} {services}")
             expect(not modules(host) & {"nouveau"}, "KVM mode with nouveau")
         else:
             expect("vfio-pci" not in found, "bare metal with GPUs on vfio-pci")
-            expect(service == "active", f"bare metal with {STAND_IN} {service}")
+            expect(services == {"active"}, f"bare metal with {STAND_INS} {services}")
 
     def _is_kvm(self, host: Machine) -> bool:
         return WORD in host.check("cat /proc/cmdline").split()
@@ -107,7 +107,7 @@ class PowerCuts:
         return overlay(self.kit, base, ROOT / "disks" / f"{name}-{self.release}.qcow2")
 
     def _machine(self, disk: Path) -> Machine:
-        return Machine(self.kit, Hardware(named(SHAPE), disk), f"powercut-{self.release}")
+        return Machine(self.kit, Hardware(named(SHAPE), disk), disk.stem)
 
 
 def power_cuts(package: Path, release: str, count: int, seed: int) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lab import build
+from lab import build, report
 from lab.cache import ROOT, say
 from lab.hostfacts import Facts, Function, differences, facts, functions, modules
 from lab.machine import Machine, overlay
@@ -25,7 +25,7 @@ from lab.tools import tools
 from tools.bundle import LASTING
 
 WORD = "dgx_kvm.mode=kvm"
-STAND_IN = "nvidia-persistenced.service"
+STAND_INS = ("nvidia-persistenced.service", "nvidia-fabricmanager.service")
 REPOSITORY = LASTING
 SOURCE = "/etc/apt/sources.list.d/dgx-kvm.sources"
 APT = f"apt-get -y -o Dir::Etc::sourcelist={SOURCE} -o Dir::Etc::sourceparts=- "
@@ -146,7 +146,6 @@ class Story:
     shape: Shape
     vms_wanted: tuple[Vm, ...]
     beginning: Facts | None = None
-    bundled: bool = False  # what the package depends on came with it
     tour: Tour = field(default_factory=lambda: Tour(TOUR))
 
     @contextmanager
@@ -169,19 +168,21 @@ class Story:
         with self._step("the DGX boots bare metal"):
             self.host.boot()
         with self._step("everything that can be seen of it is recorded"):
-            self.make_stand_in()
+            self.make_stand_ins()
             self.make_repository(package)
             self.beginning = facts(self.host)
             gpus = [one for one in self.beginning.functions if one.is_gpu]
-            expect(len(gpus) == len(self._kind("gpu")), f"{len(gpus)} GPUs are there")
+            expect(len(gpus) == len(self.shape.gpus), f"{len(gpus)} GPUs are there")
+            expect("nouveau" in modules(self.host), "nouveau, to be kept off, does not come")
 
-    def make_stand_in(self) -> None:
-        """A service of the name of one that needs the GPUs; there is no NVIDIA driver here."""
-        self.host.check(
-            "printf '[Service]\\nExecStart=/bin/sleep infinity\\n[Install]\\n"
-            f"WantedBy=multi-user.target\\n' >/etc/systemd/system/{STAND_IN}; "
-            f"systemctl enable --now {STAND_IN}"
-        )
+    def make_stand_ins(self) -> None:
+        """Services of the names of some that need the GPUs; there is no NVIDIA driver here."""
+        for unit in STAND_INS:
+            self.host.check(
+                "printf '[Service]\\nExecStart=/bin/sleep infinity\\n[Install]\\n"
+                f"WantedBy=multi-user.target\\n' >/etc/systemd/system/{unit}; "
+                f"systemctl enable --now {unit}"
+            )
 
     def make_repository(self, package: Path) -> None:
         """A folder that apt takes packages from, since there is no network.
@@ -189,8 +190,7 @@ class Story:
         Of a bundle, which has all that the package depends on, or of the package alone.
         """
         host = self.host
-        self.bundled = package.suffix == ".tar"
-        if self.bundled:
+        if package.suffix == ".tar":
             host.unpack(package, LASTING)
             host.check(f"cp {LASTING}/dgx-kvm.sources {SOURCE}")
             return
@@ -214,7 +214,7 @@ class Story:
             assert self.beginning
             changed = set(functions(host)) ^ set(self.beginning.functions)
             expect(not changed, f"a driver changed at once: {changed}")
-            expect(self._active(STAND_IN) == "active", f"{STAND_IN} was stopped")
+            expect(stand_ins(host) == {"active"}, f"of {STAND_INS} one was stopped")
             expect("reboot" in self.typed("dgx-kvm mode"), "dgx-kvm mode asks for no reboot")
             host.check("test -e /run/reboot-required")
 
@@ -233,11 +233,9 @@ class Story:
         ):
             self._check_drivers()
             expect(not modules(host) & {"nouveau", "nvidia"}, "nouveau is loaded")
-            expect(self._active(STAND_IN) == "inactive", f"{STAND_IN} runs in KVM mode")
-            expect(
-                host.check(f"systemctl is-enabled {STAND_IN}").strip() == "enabled",
-                f"{STAND_IN} was disabled",
-            )
+            expect(stand_ins(host) == {"inactive"}, f"of {STAND_INS} one runs in KVM mode")
+            enabled = stand_ins(host, "is-enabled")
+            expect(enabled == {"enabled"}, f"of {STAND_INS} one is {enabled}")
             self.typed("dgx-kvm mode")
             self.typed("dgx-kvm mode --check")
             host.check("dgx-kvm mode --verify")
@@ -251,8 +249,9 @@ class Story:
             wanted = "vfio-pci" if given else before.driver
             found = now[before.address].driver
             expect(found == wanted, f"{before.address} has the driver {found}, not {wanted}")
-        kinds = {now[address].class_code[:6] for address in listed}
-        expect(kinds == {"0x0108", "0x0200"}, f"of NICs and drives only {kinds} go to VMs")
+        # All that the shape has; the host's own drive and management NIC are not of it.
+        free = {one.address for one in self.shape.devices if not one.model}
+        expect(listed == free, f"{sorted(listed)} go to VMs, not {sorted(free)}")
 
     # --- VMs
 
@@ -290,8 +289,17 @@ class Story:
     def _check_guest(self, vm: Vm) -> None:
         seen = self.report(vm.name)
         self.tour.typed(f"dgx-kvm console {vm.name}", seen.strip())
-        devices = re.findall(r"pci \S+ (\S{4}:\S{4}) class (\S{4})", seen)
         xml = self.host.check(f"virsh dumpxml {vm.name}")
+        self._check_devices(vm, seen, xml)
+        cpus = re.search(r"<vcpu placement='static'>(\d+)", xml)
+        expect(cpus and f"cpus {cpus[1]}," in seen, f"{vm.name} sees other CPUs than {cpus}")
+        expect("hypervisor KVM" in seen, f"{vm.name} does not run on KVM")
+        cells = len(re.findall(r"<cell id=", xml))
+        nodes = len(re.findall(r"lab-guest: node ", seen))
+        expect(cells == nodes, f"{vm.name} sees {nodes} NUMA nodes, not {cells}")
+
+    def _check_devices(self, vm: Vm, seen: str, xml: str) -> None:
+        """What the VM sees of the host's devices is what its domain says and its declaration."""
         addresses = re.findall(
             r"<source>\s*<address domain='0x(\w+)' bus='0x(\w+)' slot='0x(\w+)' function='0x(\w+)'",
             xml,
@@ -300,21 +308,21 @@ class Story:
         on_host = {one.address: one for one in functions(self.host)}
         wanted = sorted(_id(on_host[address]) for address in given)
         ours = {_id(one) for one in on_host.values() if one.driver == "vfio-pci"}
-        found = sorted(id for id, _ in devices if id in ours)
+        devices = [one for one in report.devices(seen) if one.id in ours]
+        found = sorted(one.id for one in devices)
         expect(found == wanted, f"{vm.name} sees {found}, not {wanted}")
-        gpus = [id for id, code in devices if code == "0302"]
-        expect(len(gpus) == vm.gpus, f"{vm.name} sees {len(gpus)} GPUs")
-        cpus = re.search(r"<vcpu placement='static'>(\d+)", xml)
-        expect(cpus and f"cpus {cpus[1]}," in seen, f"{vm.name} sees other CPUs than {cpus}")
-        expect("hypervisor KVM" in seen, f"{vm.name} does not run on KVM")
-        cells = len(re.findall(r"<cell id=", xml))
-        nodes = len(re.findall(r"lab-guest: node ", seen))
-        expect(cells == nodes, f"{vm.name} sees {nodes} NUMA nodes, not {cells}")
-        nodes_of = {
+        kinds = [one.kind for one in devices]
+        counts = [kinds.count(kind) for kind in (report.GPU, report.NIC, report.DRIVE)]
+        expect(counts == [vm.gpus, vm.nics, vm.drives], f"{vm.name}: GPUs, NICs, drives {counts}")
+        switches = kinds.count(report.NVSWITCH)
+        expect(bool(switches) == (vm.gpus > 1), f"{vm.name} sees {switches} NVSwitches")
+        far = report.far_nics(devices)
+        expect(not far, f"{vm.name} sees no GPU on the PCIe switch of NIC {far}")
+        nodes = {
             self.host.check(f"cat /sys/bus/pci/devices/{address}/numa_node").strip()
             for address in given
         }
-        expect(len(nodes_of) == 1, f"{vm.name} has devices of NUMA nodes {nodes_of}")
+        expect(len(nodes) == 1, f"{vm.name} has devices of NUMA nodes {nodes}")
 
     def report(self, name: str, boots: int = 1) -> str:
         """What the VM said at its latest boot, on its console."""
@@ -381,9 +389,12 @@ class Story:
             names = all(vm.name in said for vm in self.vms_wanted)
             expect(names and "dgx-kvm stop --all" in said, said)
             expect(self._running() == self._names(), "refusing the removal stopped a VM")
+        with self._step("dgx-kvm stop --all, as it was told"):
+            self.typed("dgx-kvm stop --all", GUESTS)
+            expect(not self._running(), f"{self._running()} still run")
         with self._step("no VM is declared: prune them all, with their disks"):
             self._write_vms(())
-            host.check("dgx-kvm apply --prune --restart --delete-disks", GUESTS)
+            host.check("dgx-kvm apply --prune --delete-disks", GUESTS)
             host.check(f"rm -r {build.CATALOGUE} {build.GUEST_IMAGE}")
         with self._step("apt remove dgx-kvm-sw"):
             said = self.typed("apt-get -y remove dgx-kvm-sw", INSTALL, only="^dgx-kvm")
@@ -398,12 +409,9 @@ class Story:
             assert self.beginning
             found = differences(self.beginning, facts(host))
             expect(not found, "\n".join(["left or lost:", *found]))
-            expect(self._active(STAND_IN) == "active", f"{STAND_IN} does not run")
+            expect(stand_ins(host) == {"active"}, f"of {STAND_INS} one does not run")
 
     # ---
-
-    def _kind(self, kind: str) -> list[str]:
-        return [device.name for device in self.shape.devices if device.kind == kind]
 
     def _names(self) -> set[str]:
         return {vm.name for vm in self.vms_wanted}
@@ -411,8 +419,10 @@ class Story:
     def _running(self) -> set[str]:
         return set(self.host.check("virsh list --name").split())
 
-    def _active(self, unit: str) -> str:
-        return self.host.run(f"systemctl is-active {unit}").output.strip()
+
+def stand_ins(host: Machine, verb: str = "is-active") -> set[str]:
+    """What systemctl says of the stand-in services, all together."""
+    return set(host.run(f"systemctl {verb} {' '.join(STAND_INS)}").output.split())
 
 
 def _console(vm: str) -> str:

@@ -14,8 +14,17 @@ import pytest
 from lab import control, shape
 from lab.conftest import Lab
 from lab.control import ControlError
-from lab.endpoint import CONFIG
-from lab.pci import DEVICE_CONTROL, LINK_STATUS, SERIAL
+from lab.endpoint import CONFIG, Endpoint
+from lab.journal import Journal
+from lab.models import MODELS
+from lab.pci import (
+    CORRECTABLE,
+    DEVICE_CONTROL,
+    DEVICE_STATUS,
+    LINK_STATUS,
+    SERIAL,
+    UNCORRECTABLE,
+)
 from lab.vfio_client import Client, Failed
 from lab.vfio_user import ACCESS, HEADER, MOST, REGION_INFO, UNMAP, Command
 
@@ -60,6 +69,7 @@ def test_a_v100_is_what_it_says(lab: Lab) -> None:
     assert set(capabilities(gpu)) == {0x01, 0x05, 0x10, 0x10001, 0x10003}
     sizes = [size_of_bar(gpu, index, wide=index > 0) >> 20 for index in (0, 1, 3)]
     assert sizes == [16, 256, 32]
+    gpu.write(CONFIG, 0x30, 0xFFFFF801)
     assert gpu.read(CONFIG, 0x30) == 0  # no ROM
     assert gpu.read(CONFIG, LINK_STATUS, 2) & 0x3FF == 16 << 4 | 3
     assert gpu.read(0, 0) == 0x140000A1
@@ -79,6 +89,32 @@ def test_no_reset_but_that_of_the_bus_on_a_v100(lab: Lab) -> None:
     assert gpu.read(CONFIG, at[0x01] + 4) & 8  # D3hot resets nothing
     gpu.write(CONFIG, DEVICE_CONTROL, 0x8000, 2)
     assert lab.control.devices()["gpu0"]["resets"] == 0
+
+
+@pytest.mark.parametrize(("model", "resets"), [
+    ("v100-sxm3", 0), ("a100-sxm4", 1), ("h100-sxm5", 1), ("nvswitch-v100", 0),
+])  # fmt: skip
+def test_a_function_level_reset_is_had_by_gpus_since_the_a100(model: str, resets: int) -> None:
+    device = Endpoint("device", MODELS[model], 0, Journal())
+    device.connect()
+    device.write(CONFIG, COMMAND, b"\x06\0")
+    device.write(CONFIG, DEVICE_CONTROL, b"\x10\xa9")
+    assert device.resets == resets
+    assert device.read(CONFIG, COMMAND, 2) == (b"\0\0" if resets else b"\x06\0")
+    assert device.read(CONFIG, DEVICE_CONTROL, 2) == b"\x10\x29"
+
+
+def test_power_states_and_msi_are_kept_as_they_are_written(lab: Lab) -> None:
+    gpu = lab.client("gpu0")
+    power, msi = (capabilities(gpu)[number] for number in (0x01, 0x05))
+    gpu.write(CONFIG, power + 4, 0xFFFF, 2)
+    assert gpu.read(CONFIG, power + 4, 2) == 0x000B  # D3hot
+    assert gpu.read(CONFIG, msi + 2, 2) == 0x0080  # one message, 64-bit addresses, off
+    gpu.write(CONFIG, msi + 2, 1, 2)
+    gpu.write(CONFIG, msi + 4, 0x1_FEE0_0000, 8)
+    gpu.write(CONFIG, msi + 12, 0x4021, 2)
+    kept = [gpu.read(CONFIG, msi + place, size) for place, size in ((2, 2), (4, 8), (12, 2))]
+    assert kept == [0x0081, 0x1_FEE0_0000, 0x4021]
 
 
 def test_regions_and_interrupts(lab: Lab) -> None:
@@ -141,12 +177,13 @@ def test_a_reset_returns_the_device_to_power_on(lab: Lab) -> None:
 
 def test_a_new_connection_finds_the_device_as_at_power_on(lab: Lab) -> None:
     gpu = lab.client("gpu0")
-    gpu.write(CONFIG, 0x10, 0xF0000000)
-    closed(gpu)
     gpu.reset()
+    gpu.write(CONFIG, 0x10, 0xF0000000)
+    gpu.write(1, 0, 5)
+    closed(gpu)
     gpu.close()
     again = lab.client("gpu0")
-    assert again.read(CONFIG, 0x10) == 0
+    assert [again.read(CONFIG, 0x10), again.read(0, CLOSE), again.read(1, 0)] == [0, 0, 0]
     assert lab.control.devices()["gpu0"]["resets"] == 0
     assert lab.what("gpu0") == ["connect", "reset", "disconnect", "connect"]
 
@@ -206,6 +243,7 @@ def test_only_the_configuration_space_of_a_gpu_may_be_lost(lab: Lab) -> None:
 def test_a_link_that_trained_badly_stays_so_over_resets(lab: Lab) -> None:
     lab.control.fault("gpu0", "link", lanes=8)
     gpu = lab.client("gpu0")
+    assert gpu.read(CONFIG, LINK_STATUS, 2) & 0x3FF == 8 << 4 | 3
     gpu.reset()
     assert gpu.read(CONFIG, LINK_STATUS, 2) & 0x3FF == 8 << 4 | 3
     lab.control.clear("gpu0")
@@ -221,6 +259,19 @@ def test_errors_are_logged_and_cleared_by_writing_ones(lab: Lab) -> None:
     assert gpu.read(CONFIG, at + 16) == 1 << 6
     lab.control.clear("gpu0")
     assert (gpu.read(CONFIG, at + 4), gpu.read(CONFIG, at + 16)) == (0, 0)
+
+
+def test_errors_are_sticky_over_resets_and_gone_without_power() -> None:
+    gpu = Endpoint("gpu0", MODELS["v100-sxm3"], 0, Journal())
+    gpu.connect()
+    gpu.config.log_errors(1 << 18, 1)
+    assert gpu.read(CONFIG, DEVICE_STATUS, 2) == b"\x05\0"  # correctable, fatal
+    gpu.reset()
+    places = UNCORRECTABLE, CORRECTABLE
+    assert [gpu.read(CONFIG, at, 4) for at in places] == [b"\0\0\x04\0", b"\1\0\0\0"]
+    gpu.disconnect()
+    gpu.connect()
+    assert [gpu.read(CONFIG, at, 4) for at in places] == [bytes(4)] * 2
 
 
 def test_a_register_may_be_stuck(lab: Lab) -> None:

@@ -66,12 +66,16 @@ def test_every_part_has_its_name_and_its_model(name: str) -> None:
     assert all(len(device.path) % 2 == 0 for device in machine.devices)
 
 
-@pytest.mark.parametrize(("name", "gpus", "nvswitches"), [
-    ("dgx2", 16, 12), ("dgx2-small", 4, 2), ("dgx-a100", 8, 6), ("dgx-h100", 8, 4),
+@pytest.mark.parametrize(("name", "counts"), [
+    ("dgx2", (16, 12, 8, 1, 8)),
+    ("dgx2-small", (4, 2, 2, 1, 2)),
+    ("dgx-a100", (8, 6, 8, 1, 8)),
+    ("dgx-h100", (8, 4, 8, 1, 8)),
 ])  # fmt: skip
-def test_counts(name: str, gpus: int, nvswitches: int) -> None:
+def test_counts(name: str, counts: tuple[int, ...]) -> None:
+    kinds = ("gpu", "nvswitch", "ib", "data-nic", "data-drive")
     machine = shape.named(name)
-    assert (len(machine.gpus), len(machine.nvswitches)) == (gpus, nvswitches)
+    assert tuple(len(machine.of_kind(kind)) for kind in kinds) == counts
 
 
 @pytest.mark.parametrize("name", ["dgx2", "dgx-a100", "dgx-h100"])

@@ -90,8 +90,12 @@ class Tools:
 
 def tools() -> Tools:
     """The tools, fetched if this is the first time."""
-    recipe: Sequence[object] = (SUITE, PACKAGES, OPTIONS, qemufix.__doc__)
-    return Tools(made("qemu", recipe, _fetch) / "root")
+    return Tools(made("qemu", recipe(), _fetch) / "root")
+
+
+def recipe() -> Sequence[object]:
+    """All that decides what the tools are, but for the day's state of the archive."""
+    return SUITE, PACKAGES, OPTIONS, Path(qemufix.__file__).read_text()
 
 
 def _fetch(directory: Path) -> None:
