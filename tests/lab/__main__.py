@@ -108,6 +108,7 @@ def _machine(options: argparse.Namespace) -> Machine:
 def _boot(options: argparse.Namespace) -> int:
     with _machine(options) as machine:
         machine.boot()
+        say(machine.hardware.shape.note)
         machine.detach()
         (machine.real / "directory").write_text(str(machine.directory))
         say("ready; Ctrl-C cuts its power")
@@ -123,6 +124,7 @@ def _shell(options: argparse.Namespace) -> int:
         with step(f"{options.name}: root shell"):
             machine.power_on()
             machine.wait_for_shell()
+        say(machine.hardware.shape.note)
         interact(machine.directory)
     return 0
 

@@ -44,7 +44,6 @@ class Hardware:
     disk: Path  # qcow2, written to
     iommu: Iommu = Iommu.FULL
     served: bool = True  # with the devices of devices.py; else QEMU's own only
-    system_mib: int = 0  # memory of each NUMA node, if not the shape's
 
 
 def command(tools: Tools, hardware: Hardware, directory: Path) -> list[str]:
@@ -75,7 +74,7 @@ def _prepare(tools: Tools, hardware: Hardware, directory: Path) -> None:
 def _board(hardware: Hardware) -> Iterator[str]:
     shape = hardware.shape
     cores = shape.cpus // shape.sockets // 2
-    mib = hardware.system_mib or shape.memory_gib * 1024
+    mib = shape.memory_gib * 1024
     yield from ("-nodefaults", "-no-user-config", "-display", "none", "-name", "dgx-lab")
     yield from ("-accel", "tcg,thread=multi", "-machine", "q35,kernel-irqchip=off")
     yield from ("-cpu", CPU)

@@ -1,4 +1,4 @@
-"""What a VM of the lab's image has said of its PCI devices; `guest-init` says it."""
+"""What a VM of the lab's image has said of its hardware; `guest-init` says it."""
 
 from __future__ import annotations
 
@@ -33,3 +33,13 @@ def far_nics(seen: Collection[Seen]) -> list[str]:
     """The NICs that sit on no GPU's PCIe switch; theirs is not the root bus."""
     switches = {one.switch for one in seen if one.kind == GPU and "/" in one.switch}
     return [one.address for one in seen if one.kind == NIC and one.switch not in switches]
+
+
+def hardware(said: str) -> list[str]:
+    """Its CPUs and PCI devices, as it says them at each boot."""
+    return re.findall(r"lab-guest: ((?:cpus|pci) .*\S)", said)
+
+
+def memory_kib(said: str) -> int:
+    """The memory of all its NUMA nodes, less what its kernel keeps for itself."""
+    return sum(map(int, re.findall(r"lab-guest: node \d+: .*, (\d+) kB,", said)))

@@ -3,8 +3,10 @@
 A shape file (`shapes/*.yaml`) says:
 
     product_name   what DMI shows
-    sockets, nodes, cores, memory_gib    scaled down; cores and memory of each NUMA node, two
-                   threads a core. Node n is on socket n * sockets // nodes
+    sockets, nodes, cores, memory_gib    cores and memory of each NUMA node, two threads a core.
+                   Node n is on socket n * sockets // nodes
+    scale          {cores, memory_gib}: what a node of the real machine has of them. What the
+                   product sees is an ordinary machine with less of both
     kinds          {kind: {model: one of models.py}}, served by devices.py; or
                    {kind: {driver: QEMU's own device, properties: {...}}}
     pci            by NUMA node, lines "kind path". A path leads from the root port down to the
@@ -95,6 +97,14 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """What each NUMA node of the real machine has."""
+
+    cores: int
+    memory_gib: int
+
+
+@dataclass(frozen=True)
 class Shape:
     """A machine. Bridges come before what sits on them."""
 
@@ -104,6 +114,7 @@ class Shape:
     nodes: int
     cores: int
     memory_gib: int
+    scale: Scale
     roots: tuple[RootComplex, ...]
     bridges: tuple[Bridge, ...]
     devices: tuple[Device, ...]
@@ -112,6 +123,13 @@ class Shape:
     def cpus(self) -> int:
         """Threads of the whole machine."""
         return self.nodes * self.cores * THREADS
+
+    @property
+    def note(self) -> str:
+        """What it has, and what the machine has that it stands for."""
+        real = f"{self.nodes * self.scale.cores * THREADS} and {self.nodes * self.scale.memory_gib}"
+        here = f"{self.cpus} CPUs and {self.nodes * self.memory_gib} GiB of memory"
+        return f"{self.product_name}, scaled down: {here}, for {real} of the real machine"
 
     @property
     def served(self) -> tuple[Device, ...]:
@@ -171,6 +189,7 @@ def _shape(name: str, text: Mapping[str, Any]) -> Shape:
         nodes=text["nodes"],
         cores=text["cores"],
         memory_gib=text["memory_gib"],
+        scale=Scale(**text["scale"]),
         roots=tuple(tree.roots.values()),
         bridges=tuple(tree.bridges.values()),
         devices=tuple(tree.devices),

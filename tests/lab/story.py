@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lab import build, report
@@ -56,10 +56,12 @@ class Vm:
     gpus: int
     nics: int = 0
     drives: int = 0
+    memory: str = ""  # if not that of `defaults`
 
     @property
     def line(self) -> str:
-        counts = f"gpus: {self.gpus}, nics: {self.nics}, drives: {self.drives}"
+        memory = f", memory: {self.memory}" if self.memory else ""
+        counts = f"gpus: {self.gpus}, nics: {self.nics}, drives: {self.drives}{memory}"
         return f"{{name: {self.name}, tenant: {self.tenant}, {counts}}}"
 
 
@@ -300,11 +302,7 @@ class Story:
 
     def _check_devices(self, vm: Vm, seen: str, xml: str) -> None:
         """What the VM sees of the host's devices is what its domain says and its declaration."""
-        addresses = re.findall(
-            r"<source>\s*<address domain='0x(\w+)' bus='0x(\w+)' slot='0x(\w+)' function='0x(\w+)'",
-            xml,
-        )
-        given = {f"{d}:{b}:{s}.{f}" for d, b, s, f in addresses}
+        given = _given(xml)
         on_host = {one.address: one for one in functions(self.host)}
         wanted = sorted(_id(on_host[address]) for address in given)
         ours = {_id(one) for one in on_host.values() if one.driver == "vfio-pci"}
@@ -344,6 +342,10 @@ class Story:
         threads = dict(re.findall(r"CPU (\d+)/KVM (\S+)", seen))
         found = {int(cpu): mask for cpu, mask in threads.items()}
         expect(pins and found == pins, f"{vm.name} runs on {found}, not {pins}")
+        given = _given(xml)
+        (node,) = {device.node for device in self.shape.gpus if device.address in given}
+        near = set(map(str, self.shape.node_cpus(node)))
+        expect(set(pins.values()) <= near, f"{vm.name} runs on {pins}, its GPUs are on {node}")
 
     def guest_reboot(self) -> None:
         vm = self.vms_wanted[0]
@@ -357,12 +359,15 @@ class Story:
     def host_reboot(self) -> None:
         with self._step("the host reboots: its VMs shut down in order and come back"):
             boots = {vm.name: self._boots(vm) for vm in self.vms_wanted}
+            before = {vm.name: self.report(vm.name) for vm in self.vms_wanted}
             self.host.reboot()
             state = self.host.settled(GUESTS + 600)
             expect(state == "running", f"the host is {state}")
             expect(self._running() == self._names(), f"{self._running()} run after the reboot")
             for vm in self.vms_wanted:
-                self.report(vm.name, boots[vm.name] + 1)
+                now = self.report(vm.name, boots[vm.name] + 1)
+                was = report.hardware(before[vm.name])
+                expect(report.hardware(now) == was, f"{vm.name} had {was}\nand has {now}")
                 log = self.host.check(f"cat {_console(vm.name)}")
                 expect("lab-guest: power button" in log, f"{vm.name} was not shut down in order")
 
@@ -371,14 +376,21 @@ class Story:
         return self.host.check(f"cat {_console(vm.name)}").count("lab-guest: ready")
 
     def change(self) -> None:
-        gone, *kept = self.vms_wanted
-        with self._step(f"{gone.name} leaves vms.yaml: it runs on until apply --prune --restart"):
-            self._write_vms(kept)
+        gone, small, *others = self.vms_wanted
+        large = replace(small, memory="768MiB")
+        boots, before = self._boots(small), report.memory_kib(self.report(small.name))
+        with self._step(f"{gone.name} leaves vms.yaml, {small.name} gets memory: both run on"):
+            self._write_vms((large, *others))
             self.typed("dgx-kvm apply", GUESTS)
-            expect(gone.name in self._running(), f"{gone.name} was stopped unasked")
+            expect(self._running() == self._names(), "a VM was stopped unasked")
+            expect(self._boots(small) == boots, f"{small.name} was started again unasked")
+        with self._step("until apply --prune --restart"):
             self.typed("dgx-kvm apply --prune --restart --delete-disks", GUESTS)
-            expect(self._running() == {vm.name for vm in kept}, f"{self._running()} run")
-        self.vms_wanted = tuple(kept)
+            self.vms_wanted = (large, *others)
+            expect(self._running() == self._names(), f"{self._running()} run")
+            now = report.memory_kib(self.report(small.name, boots + 1))
+            more = (now - before) // 1024
+            expect(192 < more <= 256, f"{small.name} has {more} MiB more")
 
     # --- the way back
 
@@ -423,6 +435,15 @@ class Story:
 def stand_ins(host: Machine, verb: str = "is-active") -> set[str]:
     """What systemctl says of the stand-in services, all together."""
     return set(host.run(f"systemctl {verb} {' '.join(STAND_INS)}").output.split())
+
+
+def _given(xml: str) -> set[str]:
+    """The addresses of the host's devices that a domain has."""
+    addresses = re.findall(
+        r"<source>\s*<address domain='0x(\w+)' bus='0x(\w+)' slot='0x(\w+)' function='0x(\w+)'",
+        xml,
+    )
+    return {f"{d}:{b}:{s}.{f}" for d, b, s, f in addresses}
 
 
 def _console(vm: str) -> str:

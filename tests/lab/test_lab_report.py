@@ -1,4 +1,4 @@
-"""What VMs say of their devices, as the story reads it."""
+"""What VMs say of their hardware, as the story reads it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from lab import report
 PORTS = "pci0000:fb/0000:fb:00.0/0000:fc:00.0/0000:fd"
 SAID = f"""\
 lab-guest: cpus 2, cores 0 1
+lab-guest: node 0: cpus 0, 234000 kB, distances 10 20
+lab-guest: node 1: cpus 1, 230000 kB, distances 20 10
 lab-guest: pci 0000:01:00.0 1af4:1041 class 020000 node -1 below pci0000:00/0000:00:02.0
 lab-guest: pci 0000:fc:00.0 104c:8232 class 060400 node 0 below pci0000:fb/0000:fb:00.0
 lab-guest: pci 0000:fe:00.0 10de:1db8 class 030200 node 0 below {PORTS}:00.0 chip 0x140000A1
@@ -25,6 +27,17 @@ def test_devices_have_their_id_kind_and_place() -> None:
     assert gpu == report.Seen("0000:fe:00.0", "10de:1db8", report.GPU, f"{PORTS}:00.0")
     assert gpu.switch == "pci0000:fb/0000:fb:00.0/0000:fc:00.0"
     assert len(report.devices(SAID)) == 3
+
+
+def test_hardware_is_cpus_and_devices() -> None:
+    kinds = [line.split()[0] for line in report.hardware(f"GRUB\r\n{SAID}")]
+    assert kinds == ["cpus", "pci", "pci", "pci"]
+    assert report.hardware(SAID.replace("\n", "\r\n")) == report.hardware(SAID)
+    assert report.hardware(SAID.replace("104c:8232", "104c:8233")) != report.hardware(SAID)
+
+
+def test_memory_is_that_of_all_nodes() -> None:
+    assert report.memory_kib(SAID) == 464000
 
 
 @pytest.mark.parametrize(("place", "far"), [

@@ -18,6 +18,7 @@ sockets: 1
 nodes: 1
 cores: 1
 memory_gib: 1
+scale: {cores: 24, memory_gib: 768}
 kinds:
   gpu: {model: v100-sxm3}
 pci:
@@ -97,6 +98,20 @@ def test_gpus_and_nvswitches_sit_where_those_of_the_simulated_machine_do(name: s
         same = f"{identity.vendor:04x}:{identity.device:04x}"
         assert real["kinds"][device.kind]["id"] == same
         assert real["kinds"][device.kind]["class"] == identity.class_code
+
+
+@pytest.mark.parametrize("name", shape.names())
+def test_it_says_what_it_is_scaled_down_from(name: str) -> None:
+    machine = shape.named(name)
+    samples = yaml.safe_load(simulate.SAMPLES.read_text(encoding="utf-8"))
+    (real,) = (each["numa"] for each in samples.values()
+               if each["product_name"] == machine.product_name)  # fmt: skip
+    scale = machine.scale
+    assert (scale.cores, scale.memory_gib) == (real["cores"], real["memory_gib"])
+    assert machine.nodes == real["nodes"]
+    assert machine.cores < scale.cores
+    assert machine.memory_gib < scale.memory_gib
+    assert f"{machine.cpus} CPUs" in machine.note
 
 
 def test_cpus_of_a_node_are_whole_cores() -> None:
