@@ -82,9 +82,11 @@ lab-shell: .cache/installed-lab
 	$(LAB) shell --release $(RELEASE)
 
 # PART=story is what every change is tried with; the air-gapped site needs three guest images.
+# PART=cuts: SEED=N CUTS=N cut where another run has, or more often.
 PART := story airgap
 lab-test: .cache/installed-lab deb $(if $(FULL)$(filter airgap,$(PART)),images)
-	$(LAB) test --release $(RELEASE) $(if $(FULL),--full,$(addprefix --part ,$(PART)))
+	$(LAB) test --release $(RELEASE) $(if $(FULL),--full,$(addprefix --part ,$(PART))) \
+		$(if $(SEED),--seed $(SEED)) $(if $(CUTS),--cuts $(CUTS))
 
 bench: .cache/installed-test
 	$(PYTHON) -m bench.placement

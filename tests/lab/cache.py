@@ -8,17 +8,26 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2] / ".cache" / "lab"
 STARTED = time.monotonic()
+CLEAR = "\r\x1b[K"  # the line of the terminal
 
 
 def say(text: str) -> None:
     """A line of progress, with the seconds since the program started."""
-    print(f"[{time.monotonic() - STARTED:6.1f}] {text}", flush=True)
+    over = CLEAR if sys.stdout.isatty() else ""
+    print(f"{over}[{time.monotonic() - STARTED:6.1f}] {text}", flush=True)
+
+
+def hint(text: str) -> None:
+    """What is being done: on a terminal, until the next line."""
+    if sys.stdout.isatty():
+        print(f"{CLEAR}... {text}", end="", flush=True)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lab import build, report
-from lab.cache import ROOT, say
+from lab.cache import ROOT, hint, say
 from lab.hostfacts import Facts, Function, differences, facts, functions, modules
 from lab.machine import Machine, overlay
 from lab.packages import LabError
@@ -85,6 +85,7 @@ DEFAULTS = "{image: lab-guest, networks: [{bridge: br0}], firmware: bios, vcpus:
 def told(text: str) -> Iterator[None]:
     """A step of the story: a line when it is done."""
     begin = time.monotonic()
+    hint(text)
     try:
         yield
     except BaseException:
