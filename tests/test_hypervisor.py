@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +127,44 @@ def test_a_guest_may_go_off_by_itself_just_before(
     hypervisor.start("a", uuid)
     hypervisor.shut_down("a", uuid, 1 if way == "shutdown" else 0, force=way == "destroy")
     assert hypervisor.domain("a").live is None
+
+
+def test_a_guest_that_has_powered_off_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU takes its time to give back GPUs and memory; libvirt refuses to ask it again."""
+    monkeypatch.setattr("dgx_kvm_sw.guest.hypervisor._ASK_AGAIN_SECONDS", 0)
+    powered_off = "<runstate xmlns='http://libvirt.org/schemas/domain/test/1.0'>4</runstate>"
+    domain = XML.replace("</domain>", f"{powered_off}</domain>").replace("'kvm'", "'test'")
+    (tmp_path / "node.xml").write_text(f"<node>{domain}</node>")
+    with contextlib.closing(Hypervisor(f"test://{tmp_path}/node.xml")) as hypervisor:
+        uuid = hypervisor.domain("a").uuid
+        with pytest.raises(HypervisorError, match="a did not shut down within"):
+            hypervisor.shut_down("a", uuid, 0.5, force=False)
+        assert hypervisor.domain("a").live is not None  # the test driver would turn it off
+        ends = libvirt_domain(hypervisor, uuid).destroy
+        monkeypatch.setattr("dgx_kvm_sw.guest.hypervisor.time.sleep", lambda _: ends())
+        hypervisor.shut_down("a", uuid, 5, force=False)
+        assert hypervisor.domain("a").live is None
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_paused_guest_hears_nothing(hypervisor: Hypervisor, uuid: str, force: bool) -> None:
+    hypervisor.start("a", uuid)
+    libvirt_domain(hypervisor, uuid).suspend()
+    begin = time.monotonic()
+    if force:
+        hypervisor.shut_down("a", uuid, 30, force=True)
+    else:
+        with pytest.raises(HypervisorError, match="a is paused") as caught:
+            hypervisor.shut_down("a", uuid, 30, force=False)
+        assert "dgx-kvm stop a --force" in caught.value.hint
+    assert time.monotonic() - begin < 20
+    assert (hypervisor.domain("a").live is None) is force
+
+
+def libvirt_domain(hypervisor: Hypervisor, uuid: str) -> libvirt.virDomain:
+    return hypervisor._connection.lookupByUUIDString(uuid)
 
 
 def test_pins_and_metadata_of_a_running_domain_change(hypervisor: Hypervisor) -> None:

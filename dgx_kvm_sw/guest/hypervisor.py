@@ -22,6 +22,7 @@ from dgx_kvm_sw.model.pci import CpuSet
 POOL = "dgx-kvm"
 _POLL_SECONDS = 0.2
 _ASK_AGAIN_SECONDS = 15.0
+_HEARS_OR_ENDS = (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_SHUTDOWN)
 _REFRESH_TRIES = 50
 
 
@@ -109,14 +110,20 @@ class Hypervisor:
     def shut_down(self, name: str, uuid: str, timeout: float, *, force: bool) -> None:
         """Ask the guest to shut down and wait; with `force`, then pull the plug.
 
-        Asked more than once: one that is still booting hears nothing yet. Raises HypervisorError
-        when the guest is still up after `timeout` seconds.
+        Asked more than once: one that is still booting hears nothing yet. One that has powered
+        off is waited for: QEMU gives back its devices and memory, and libvirt refuses to ask it.
+        Raises HypervisorError when the domain still runs after `timeout` seconds, and at once
+        when it is paused: such a guest hears nothing.
         """
         with explained(f"shut down {name}"):
             domain = self._connection.lookupByUUIDString(uuid)
-            asked, end = 0.0, time.monotonic() + timeout
+            asked, end, is_paused = 0.0, time.monotonic() + timeout, False
             while _runs(domain) and (now := time.monotonic()) < end:
-                if now - asked >= _ASK_AGAIN_SECONDS or not asked:
+                is_paused = (state := _state(domain)) not in _HEARS_OR_ENDS
+                if is_paused and not asked:
+                    break
+                due = now - asked >= _ASK_AGAIN_SECONDS or not asked
+                if due and state == libvirt.VIR_DOMAIN_RUNNING:
                     asked = now
                     with _unless_off(domain):
                         domain.shutdown()
@@ -126,6 +133,12 @@ class Hypervisor:
                     domain.destroy()
             if not _runs(domain):
                 return
+        if is_paused:
+            raise HypervisorError(
+                f"{name} is paused, so its guest cannot shut down",
+                f"see why (its disk may have no room), then `virsh resume {name}`; or pull its"
+                f" plug: dgx-kvm stop {name} --force",
+            )
         raise HypervisorError(
             f"{name} did not shut down within {timeout:g} s",
             f"look at `dgx-kvm console {name}`, or pull its plug: dgx-kvm stop {name} --force",
@@ -323,6 +336,13 @@ def _runs(domain: Any) -> bool:
     with _ignored(libvirt.VIR_ERR_NO_DOMAIN):
         return bool(domain.isActive())
     return False
+
+
+def _state(domain: Any) -> int:
+    """Return one of libvirt's VIR_DOMAIN_*."""
+    with _ignored(libvirt.VIR_ERR_NO_DOMAIN):
+        return int(domain.state()[0])
+    return int(libvirt.VIR_DOMAIN_SHUTOFF)
 
 
 @contextlib.contextmanager

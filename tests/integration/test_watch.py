@@ -156,6 +156,17 @@ def test_a_guest_that_hears_nothing_yet_is_asked_again(
     assert asked.communicate()[0].count("event POWERDOWN") in (3, 4, 5)
 
 
+def test_a_paused_guest_is_not_asked_but_its_plug_can_be_pulled(guests: Guests) -> None:
+    """As one whose disk has no room; libvirt refuses to shut it down."""
+    guests.virsh("suspend", "one")
+    with contextlib.closing(Hypervisor(guests.host.libvirtd.uri)) as connection:
+        uuid = guests.virsh("domuuid", "one").strip()
+        with pytest.raises(HypervisorError, match="one is paused"):
+            connection.shut_down("one", uuid, 30, force=False)
+    assert guests.dgx_kvm("stop one --force --timeout 30").wait() == 0
+    assert guests.running() == {"two"}
+
+
 @pytest.mark.parametrize("how", ["power off", "destroy", "dgx-kvm stop"])
 def test_what_was_turned_off_stays_off(guests: Guests, how: str) -> None:
     if how == "power off":
