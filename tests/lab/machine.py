@@ -30,6 +30,15 @@ STUCK = ("grub>", "grub rescue>", "(initramfs)", "end Kernel panic", "emergency 
 SHARED = (
     "mkdir -p /run/lab && mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 lab /run/lab"
 )
+# Under load networkd gives up making the bridge, for good; a NIC without it would go to VMs.
+BRIDGED = """\
+for second in $(seq 300); do
+    ls -d /sys/class/net/br0/brif/en* >/dev/null 2>&1 && exit
+    [ $((second % 60)) != 0 ] || systemctl restart systemd-networkd
+    sleep 1
+done
+echo br0 has no NIC
+exit 1"""
 
 
 class Machine:
@@ -162,11 +171,12 @@ class Machine:
         return result.output
 
     def settled(self, timeout: float = BOOT) -> str:
-        """Wait until systemd has started all and udev has a driver for each device; systemd's word
-        for the state, such as `running`.
+        """Wait until systemd has started all, udev has a driver for each device and the bridge
+        its NIC; systemd's word for the state, such as `running`.
         """
         state = self.run("systemctl is-system-running --wait", timeout).output.strip()
         self.check(f"udevadm settle --timeout={timeout:.0f}", timeout + ANSWER)
+        self.check(BRIDGED, timeout)
         return state
 
     def put(self, source: Path, target: str) -> None:
