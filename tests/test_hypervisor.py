@@ -135,7 +135,7 @@ def test_a_guest_that_has_powered_off_is_waited_for(
     """QEMU takes its time to give back GPUs and memory; libvirt refuses to ask it again."""
     monkeypatch.setattr("dgx_kvm_sw.guest.hypervisor._ASK_AGAIN_SECONDS", 0)
     powered_off = "<runstate xmlns='http://libvirt.org/schemas/domain/test/1.0'>4</runstate>"
-    domain = XML.replace("</domain>", f"{powered_off}</domain>").replace("'kvm'", "'test'")
+    domain = XML.replace("</domain>", f"{powered_off}</domain>")
     (tmp_path / "node.xml").write_text(f"<node>{domain}</node>")
     with contextlib.closing(Hypervisor(f"test://{tmp_path}/node.xml")) as hypervisor:
         uuid = hypervisor.domain("a").uuid

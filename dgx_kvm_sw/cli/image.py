@@ -7,8 +7,8 @@ import functools
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +163,7 @@ def _show(site: Site, args: Namespace) -> ExitCode:
     if args.json:
         say_json({"images": [row.json() for row in rows]})
         return ExitCode.OK
-    damages = bases.damages(site.root, found, users)
-    wrong = [(text, remedy) for base, text, remedy in damages if _is_of(base, args.name)]
+    wrong = [(text, remedy) for _, text, remedy in _damages(site, found, users, args.name)]
     texts = ("\n\n".join("\n".join(_description(row)) for row in rows), *_steps(wrong))
     say("\n".join(texts), quiet=args.quiet)
     return ExitCode.OK
@@ -199,10 +198,12 @@ def _description(row: _Row) -> Iterator[str]:
             yield f"{key + ':':<13}{value}"
 
 
-def _of(found: Catalogue, name: str) -> Catalogue:
-    """The catalogue with the damaged bases of one image only."""
-    damaged = {base: damage for base, damage in found.damaged.items() if _is_of(base, name)}
-    return replace(found, damaged=damaged)
+def _damages(
+    site: Site, found: Catalogue, users: _Users, name: str
+) -> tuple[tuple[str, str, str], ...]:
+    """What is wrong with the bases of one image: which, in words, and what to do."""
+    every = bases.damages(site.root, found, users)
+    return tuple(each for each in every if _is_of(each[0], name))
 
 
 def _check_known(found: Catalogue, name: str) -> None:
@@ -240,22 +241,18 @@ def _is_good(
     site: Site, name: str, read: checksums.Remembered, users: _Users, *, quiet: bool
 ) -> bool:
     """Say what is known by now of an image and of all that disks lie on, or may."""
-    found = _of(images.catalogue(site.root, read), name)
+    found = images.catalogue(site.root, read)
     fault = found.faults.get(name)
-    damages = [one for one in bases.damages(site.root, found, users) if _is_of(one[0], name)]
-    state = fault.state if fault else _base_state(found, damages)
+    damages = _damages(site, found, users, name)
+    is_damaged = any(base in found.damaged for base, _, _ in damages)
+    base_state = "base damaged" if is_damaged else "base gone" if damages else "ok"
+    state = fault.state if fault else base_state
     say(f"{name}: {state}", quiet=quiet and state == "ok")
     if fault:
         complain(fault.reason, fault.remedy)
     for _, text, remedy in damages:
         complain(text, remedy)
     return state == "ok"
-
-
-def _base_state(found: Catalogue, damages: Sequence[tuple[str, str, str]]) -> str:
-    if not damages:
-        return "ok"
-    return "base damaged" if found.damaged else "base gone"
 
 
 def _read(site: Site, paths: Iterable[str], label: str, *, quiet: bool) -> checksums.Remembered:
