@@ -363,15 +363,14 @@ class Story:
     def host_reboot(self) -> None:
         with self._step("the host reboots: its VMs shut down in order and come back"):
             boots = {vm.name: self._boots(vm) for vm in self.vms_wanted}
-            before = {vm.name: self.report(vm.name) for vm in self.vms_wanted}
+            had = {vm.name: report.hardware(self.report(vm.name)) for vm in self.vms_wanted}
             self.host.reboot()
             state = self.host.settled(GUESTS + 600)
             expect(state == "running", f"the host is {state}")
             expect(self._running() == self._names(), f"{self._running()} run after the reboot")
             for vm in self.vms_wanted:
-                now = self.report(vm.name, boots[vm.name] + 1)
-                was = report.hardware(before[vm.name])
-                expect(report.hardware(now) == was, f"{vm.name} had {was}\nand has {now}")
+                now = report.hardware(self.report(vm.name, boots[vm.name] + 1))
+                expect(now == had[vm.name], f"{vm.name} had {had[vm.name]}\nand has {now}")
                 log = self.host.check(f"cat {_console(vm.name)}")
                 expect("lab-guest: power button" in log, f"{vm.name} was not shut down in order")
 
